@@ -1,0 +1,43 @@
+# Every target sets up .venv by itself; only Python >= 3.10 and make are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := settings.ini setup.py pyproject.toml
+
+.PHONY: demo test test-long book reproduce export readme clean
+
+demo: .venv/package.done
+	$(BIN)/vitplast demo $(ARGS)
+
+test: .venv/dev.done
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: .venv/dev.done
+	$(BIN)/python -m pytest $(ARGS)
+
+book: .venv/dev.done
+	$(BIN)/jupyter-book build nbs --path-output . --warningiserror --keep-going
+	@echo "open _build/html/index.html"
+
+reproduce: .venv/dev.done
+	$(BIN)/python tools/reproduce.py
+	$(BIN)/nbdev_clean
+
+# after editing a notebook: the module, clean notebooks, the generated part of the README
+export: .venv/dev.done
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: .venv/dev.done
+	$(BIN)/python tools/readme.py
+
+.venv/package.done: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/dev.done: .venv/package.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv _build build dist *.egg-info

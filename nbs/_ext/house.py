@@ -1,0 +1,38 @@
+"""Sphinx extension of the book: pages without nbdev's directives, and figures whose caption is their alternative text."""
+import json
+import re
+
+from docutils import nodes
+
+DIRECTIVE = re.compile(r"^#\| .*\n?", re.MULTILINE)  # `#| export` and the like, for nbdev and not for readers
+
+
+def strip_directives(app, docname, source):
+    "Take the directive lines out of a notebook's code cells, and cells that hold nothing else."
+    if not app.env.doc2path(docname).endswith(".ipynb"):
+        return
+    notebook = json.loads(source[0])
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["source"] = DIRECTIVE.sub("", "".join(cell["source"]))
+    notebook["cells"] = [c for c in notebook["cells"] if c["cell_type"] != "code" or c["source"].strip()]
+    source[0] = json.dumps(notebook)
+
+
+def caption_to_alt(app, doctree):
+    "Give each picture of a cell the emphasised paragraph that follows the cell as its alternative text."
+    for image in doctree.findall(nodes.image):
+        cell = image
+        while cell.parent is not None and "cell" not in cell.get("classes", []):
+            cell = cell.parent
+        if cell.parent is None or image.get("alt", "").strip():
+            continue
+        after = cell.parent[cell.parent.index(cell) + 1 :][:1]
+        caption = after and isinstance(after[0], nodes.paragraph) and len(after[0]) == 1 and isinstance(after[0][0], nodes.emphasis)
+        image["alt"] = after[0].astext() if caption else "Figure; the text above says what it shows."
+
+
+def setup(app):
+    app.connect("source-read", strip_directives)
+    app.connect("doctree-read", caption_to_alt)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

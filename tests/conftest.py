@@ -1,0 +1,54 @@
+"""Small models and tasks that every test can afford."""
+import warnings
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from vitplast.tasks import Split, Task
+
+torch.set_num_threads(1)
+
+
+def tiny_vit(seed=0, **kwargs) -> VisionTransformer:
+    "A VisionTransformer of two blocks in float64 with random weights everywhere, biases and norms too."
+    options = dict(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=0, mlp_ratio=2.0) | kwargs
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = VisionTransformer(**options).double().eval()
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    return model
+
+
+def noise(n, seed=0, size=16, channels=3, dtype=torch.float64):
+    "n random images."
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture
+def model():
+    return tiny_vit()
+
+
+@pytest.fixture
+def stripes():
+    "A task of two classes that differ by the brightness of one half: learnt in a few steps."
+    def split(n, seed):
+        g = torch.Generator().manual_seed(seed)
+        labels = torch.randint(2, (n,), generator=g)
+        images = torch.randint(0, 120, (n, 3, 16, 16), generator=g, dtype=torch.uint8)
+        images[labels == 1, :, :, 8:] += 100
+        return Split(images, labels)
+
+    return Task("stripes", ("left", "right"), split(64, 0), split(21, 1), split(37, 2))
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors():
+    "A numpy warning about NaN or an overflow is a bug that has not been noticed yet."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield

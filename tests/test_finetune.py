@@ -1,0 +1,191 @@
+"""Finetuning: what is frozen stays, what trains moves, selection on validation, one update by hand."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_vit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import vitplast as vp
+from vitplast.components import KINDS
+from vitplast.finetune import evaluate, image_order, new_head, select, warmup_cosine
+from vitplast.models import prepare
+
+FAST = vp.FinetuneConfig(steps=12, eval_every=4, batch_size=8, lr=0.05)
+WHAT = [*KINDS, "all", "head"]
+
+
+def expected_names(model, what):
+    "Independent of the adapters: timm's own names."
+    part = {"LN1": ".norm1.", "MHA": ".attn.", "LN2": ".norm2.", "FC1": ".mlp.fc1.", "FC2": ".mlp.fc2."}
+    names = [n for n, _ in model.named_parameters()]
+    return {n for n in names if n.startswith("head.") or what == "all" or (what in part and part[what] in n)}
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_frozen_parameters_keep_every_bit_and_trained_ones_get_gradients(model, stripes, what):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run = vp.finetune(model, stripes, what, FAST)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the model that went in
+    after, chosen = dict(run.model.named_parameters()), expected_names(run.model, what)
+    for name, p in after.items():
+        if name in chosen:
+            assert p.grad is not None and p.grad.abs().sum() > 0, name
+            assert name not in before or not torch.equal(p, before[name]) or name.endswith("attn.qkv.bias"), name
+        else:
+            assert p.grad is None and torch.equal(p, before[name]), name
+    assert run.n_trained == sum(after[n].numel() for n in chosen)
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_trainable_matches_and_restores(what):
+    model = tiny_vit(num_classes=3)
+    model.norm.weight.requires_grad_(False)
+    state = {n: p.requires_grad for n, p in model.named_parameters()}
+    with vp.trainable(model, [what]) as training:
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == set(training.names) == expected_names(model, what)
+        assert f"{len(training.names)} tensors train" in repr(training)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == state
+    vp.trainable(model, [what])  # the plain call lasts
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == expected_names(model, what)
+
+
+def test_single_components_and_the_final_norm_can_be_chosen():
+    model = tiny_vit(num_classes=3)
+    second = [c for c in vp.components(model) if c.block == 1 and c.kind == "FC1"]
+    assert set(select(model, second, head=False)) == {"blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc1.bias"}
+    assert set(select(model, "LN1", head=False, final_norm=True)) - set(select(model, "LN1", head=False)) == {"norm.weight", "norm.bias"}
+    assert set(select(model, ["LN1", "LN2", "LN1"], head=False)) == {n for n, _ in model.named_parameters() if ".norm" in n}
+
+
+@pytest.mark.parametrize("components, message", [
+    (["MHSA"], "component 'MHSA' matches nothing: expected one of .*nearest: .'MHA'"), (["mha"], "nearest: .'MHA'"),
+    ([], "nothing to train"), (["head"], "the model has no head"),
+])  # fmt: skip
+def test_a_selection_that_matches_nothing(model, components, message):
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        vp.trainable(model, components)
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_updates_by_hand(model, stripes):
+    """Two steps of SGD with momentum, warm-up, clipping over head and component, in plain float64 formulas."""
+    config = vp.FinetuneConfig(steps=2, eval_every=1, batch_size=8, lr=0.3, warmup=0.5, clip=0.05, weight_decay=0.01, momentum=0.8)
+    reference = tiny_vit()
+    new_head(reference, 2, config.seed)
+    names = [n for n in dict(reference.named_parameters()) if ".attn." in n or n.startswith("head.")]
+    rows, velocity = image_order(64, 2, 8, 0), {n: 0 for n in names}
+    for step, lr in enumerate((0.3, 0.0)):  # one step of warm-up, then the cosine ends
+        parameters = dict(reference.named_parameters())
+        loss = F.cross_entropy(reference(prepare(reference, stripes.train.images[rows[step]])), stripes.train.labels[rows[step]])
+        gradients = dict(zip(names, torch.autograd.grad(loss, [parameters[n] for n in names])))
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        component_norm = math.sqrt(sum(g.square().sum().item() for n, g in gradients.items() if "attn" in n))
+        with torch.no_grad():
+            for n in names:
+                g = gradients[n] * min(1, config.clip / (norm + 1e-6)) + 0.01 * parameters[n]
+                velocity[n] = 0.8 * velocity[n] + g
+                parameters[n] -= lr * velocity[n]
+        if step == 0:
+            first_norm, first_loss = component_norm, loss.item()
+    run = vp.finetune(model, stripes, "MHA", config)
+    for n, p in run.model.named_parameters():
+        assert torch.allclose(p, dict(reference.named_parameters())[n], atol=1e-12), n
+    assert np.isclose(run.history.grad_norm[0], first_norm, rtol=1e-9) and np.isclose(run.history.loss[0], first_loss, rtol=1e-9)
+    assert list(run.history.lr) == [0.3, 0.0]
+
+
+def test_a_run_is_the_same_twice_and_another_with_another_seed(model, stripes):
+    first, second = (vp.finetune(model, stripes, "FC1", FAST) for _ in range(2))
+    torch.manual_seed(123)
+    third = vp.finetune(model, stripes, "FC1", FAST)
+    assert first.history.equals(second.history) and first.history.equals(third.history) and first.test_accuracy == third.test_accuracy
+    other = vp.finetune(model, stripes, "FC1", vp.FinetuneConfig(**{**vars(FAST), "seed": 1}))
+    assert not first.history.loss.equals(other.history.loss)
+
+
+def test_validation_picks_the_step_and_the_model_is_that_of_the_step(model, stripes):
+    run = vp.finetune(model, stripes, "all", vp.FinetuneConfig(steps=30, eval_every=3, batch_size=8, lr=0.5))
+    read = run.history.dropna(subset="validation_accuracy")
+    assert list(read.step) == list(range(3, 31, 3))
+    assert run.validation_accuracy == read.validation_accuracy.max() and run.best_step == read.step[read.validation_accuracy.idxmax()]
+    assert evaluate(run.model, stripes.validation)[1] == run.validation_accuracy
+    assert evaluate(run.model, stripes.test)[1] == run.test_accuracy
+
+
+def test_the_test_split_is_read_once(model, stripes, monkeypatch):
+    import sys
+
+    module, read = sys.modules["vitplast.finetune"], []
+    monkeypatch.setattr(module, "evaluate", lambda m, split, *a: read.append(split) or evaluate(m, split, *a))
+    vp.finetune(model, stripes, "head", FAST)
+    assert sum(s is stripes.test for s in read) == 1 and read[-1] is stripes.test
+
+
+def test_accuracy_counts_images_with_a_ragged_last_batch(model, stripes):
+    new_head(model, 2, 0)
+    with torch.no_grad():
+        logits = model(prepare(model, stripes.test.images))
+    for size in (5, 36, 37, 1000):
+        loss, accuracy = evaluate(model, stripes.test, batch_size=size)
+        assert accuracy == accuracy_score(stripes.test.labels, logits.argmax(1))
+        assert np.isclose(loss, F.cross_entropy(logits, stripes.test.labels).item())
+
+
+def test_learning_happens(model, stripes):
+    run = vp.finetune(model, stripes, "all", vp.FinetuneConfig(steps=60, eval_every=20, lr=0.1))
+    assert run.test_accuracy > 0.9 and run.history.loss[-5:].mean() < 0.5 * run.history.loss[:5].mean()
+
+
+def test_a_run_that_diverges_says_so(model, stripes):
+    run = vp.finetune(model, stripes, "all", vp.FinetuneConfig(steps=30, eval_every=2, lr=1e200, clip=1e300))
+    assert run.diverged and len(run.history) < 30 and 0 <= run.test_accuracy <= 1
+    assert run.record()["diverged"] is True
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0.0), (1, 0.9), (10, 0.0), (100, 0.2), (7, 0.99)])
+def test_the_schedule_starts_above_zero_and_never_exceeds_one(steps, warmup):
+    factors = [warmup_cosine(s, steps, warmup) for s in range(steps)]
+    assert factors[0] > 0 and max(factors) == 1 and min(factors) >= 0
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(lr=0), "lr=0: expected a positive number"), (dict(lr=math.nan), "lr=nan"), (dict(steps=0), "steps=0: expected a positive integer"),
+    (dict(batch_size=2.5), "batch_size=2.5"), (dict(momentum=1), r"momentum=1: expected a number in \[0, 1\)"), (dict(weight_decay=-1), "weight_decay=-1"),
+])  # fmt: skip
+def test_bad_settings(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        vp.FinetuneConfig(**kwargs)
+
+
+def test_settings_from_a_dictionary():
+    assert vp.FinetuneConfig.from_dict(vars(FAST)) == FAST
+    with pytest.raises(ValueError, match="unknown setting 'learning_rate'"):
+        vp.FinetuneConfig.from_dict({"learning_rate": 1})
+    with pytest.raises(ValueError, match="unknown setting 'step': nearest known .'steps'"):
+        vp.FinetuneConfig.from_dict({"step": 1})
+
+
+def test_images_of_another_size_are_refused(stripes):
+    for call in (lambda m: vp.finetune(m, stripes, "MHA"), lambda m: vp.linear_probe(m, stripes)):
+        with pytest.raises(ValueError, match=r"task 'stripes' has images \(3, 16, 16\), the model takes \(3, 24, 24\)"):
+            call(tiny_vit(img_size=24))
+
+
+def test_linear_probe_against_a_scikit_learn_pipeline(model, stripes):
+    def features(split):
+        with torch.no_grad():
+            x = model._pos_embed(model.patch_embed(prepare(model, split.images)))
+            for block in model.blocks:
+                x = block(x)
+        x = x.mean(1)
+        return (x / x.norm(dim=1, keepdim=True)).numpy()
+
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit(features(stripes.train), stripes.train.labels)
+    assert vp.linear_probe(model, stripes) == pipeline.score(features(stripes.test), stripes.test.labels)

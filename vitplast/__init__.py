@@ -1,0 +1,16 @@
+"""Which parts of a pretrained Vision Transformer should be finetuned, and why."""
+
+__version__ = "0.1.0"
+
+# Some functions bear the name of their module (vitplast.plasticity): imported here, the function is what `vp.plasticity` means.
+from vitplast.bounds import bounds
+from vitplast.components import Component, components
+from vitplast.finetune import FinetuneConfig, Run, finetune, linear_probe, trainable
+from vitplast.models import load
+from vitplast.plasticity import plasticity
+from vitplast.tasks import Task, task
+
+__all__ = [
+    "Component", "FinetuneConfig", "Run", "Task",
+    "bounds", "components", "finetune", "linear_probe", "load", "plasticity", "task", "trainable",
+]  # fmt: skip
