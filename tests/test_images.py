@@ -57,7 +57,7 @@ def test_a_flat_texture_has_no_label():
     b = FormulaImages(FormulaConfig(n_shapes=2)).sample(400, generator())
     corner = b.images[:, :, :4, :4].flatten(2).std(2).mean(1)  # nearly always background
     flat = b.back == -1
-    assert 0.2 < flat.float().mean() < 0.4 and corner[flat].median() < 0.5 * corner[~flat].median()
+    assert 0.2 < flat.float().mean() < 0.4 and corner[flat].median() < 0.7 * corner[~flat].median()
 
 
 def test_affine_maps_keep_orientation_and_stay_in_range():

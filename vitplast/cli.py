@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'plain_errors', 'main', 'demo', 'pretrain']
 
-# %% ../nbs/library/cli.ipynb #eb6d9514
+# %% ../nbs/library/cli.ipynb #f6ca352b
 import json
+import textwrap
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 
 import vitplast
 
-# %% ../nbs/library/cli.ipynb #3ba87156
+# %% ../nbs/library/cli.ipynb #0a26e2a3
 app = typer.Typer(
     help="Which parts of a pretrained Vision Transformer should be finetuned, and why.", no_args_is_help=True,
     pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="markdown",
@@ -27,7 +28,7 @@ def plain_errors(kept=""):
     "Turn errors of input into one line and exit status 1; Ctrl-C into a line that says what is kept, and 130."
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, TypeError, OSError) as error:
         typer.echo(f"vitplast: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -41,7 +42,7 @@ def main(version: bool = typer.Option(False, "--version", help="Print the versio
         typer.echo(vitplast.__version__)
         raise typer.Exit()
 
-# %% ../nbs/library/cli.ipynb #94fe3582
+# %% ../nbs/library/cli.ipynb #3d1c6775
 @app.command()
 def demo(
     out: Path = typer.Option(Path("vitplast-demo"), help="Folder for report.html, the frames and the finished runs."),
@@ -73,8 +74,8 @@ def demo(
     else:
         typer.echo(f"\n{result.facts['model']} on {result.facts['task']}: components, best test accuracy (%) first\n")
         typer.echo(text_table(display_frame(result)) + "\n")
-        typer.echo(FOOTNOTE + "\n")
-        typer.echo("\n".join(f"- {line}" for line in findings(result)) + "\n")
+        typer.echo(textwrap.fill(FOOTNOTE, 100) + "\n")
+        typer.echo("\n".join(textwrap.fill(f"- {line}", 100, subsequent_indent="  ") for line in findings(result)) + "\n")
     typer.echo(f"{out / 'report.html'} written, {time.monotonic() - started:.0f} s", err=True)
 
 # %% ../nbs/library/cli.ipynb #d13397e7

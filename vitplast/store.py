@@ -45,7 +45,7 @@ def key(config) -> str:
     "Sixteen hexadecimal digits that name a configuration."
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
 
-# %% ../nbs/library/store.ipynb #6c65ba1c
+# %% ../nbs/library/store.ipynb #b209d0ea
 def finite(value):
     "The same nested lists and dictionaries with every number that JSON cannot hold replaced by None."
     if isinstance(value, dict):
@@ -59,8 +59,10 @@ class Store:
     "A folder of records; reading and writing are safe while other processes do the same."
     def __init__(self, folder):
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder}: expected a folder for the store, found a file")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"{self.folder}: expected a folder for the store, found a file on the way") from None
 
     def path(self, config) -> Path:
         "Where the record of a configuration lies."

@@ -35,14 +35,14 @@ from .plasticity import plasticity
 from .store import Store, replacing
 from .tasks import pretraining_images, task
 
-# %% ../nbs/library/study.ipynb #ece33fe5
+# %% ../nbs/library/study.ipynb #a6de2dd4
 @dataclass(frozen=True)
 class StudyConfig:
     "A model, a task, and the grid of runs: every selection at every learning rate with every seed."
     model: str = "formula-vit"
     task: str = "digits"
     selections: tuple = CHOICES
-    lrs: tuple = (0.01, 0.03)
+    lrs: tuple = (0.03, 0.1)
     seeds: tuple = (0, 1)
     steps: int = 300
     pairs: int = 512  # of one pretraining image and one training image of the task
@@ -162,10 +162,10 @@ def chosen_curves(records, runs, every=10) -> pd.DataFrame:
             frames.append(means.assign(component=name, lr=c["lr"], seed=c["seed"]).reset_index(drop=True))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/library/study.ipynb #949344bb
+# %% ../nbs/library/study.ipynb #c118b5c1
 def study(config: StudyConfig, out, progress=True) -> Study:
     "Measure, bound and finetune; runs are kept in out/runs and the frames in `out`. The same configuration gives the same numbers."
-    out = Path(out)
+    out, store = Path(out), Store(Path(out) / "runs")  # first, so that a folder that cannot be written is known before anything is computed
     model, made, *_ = materials(config.model, config.task)
     n = min(config.pairs, len(made.train))
     old = prepare(model, pretraining_images(n))
@@ -175,7 +175,7 @@ def study(config: StudyConfig, out, progress=True) -> Study:
         plastic.append(plasticity(model, old, new, inputs=inputs))
         bound.append(bounds(model, torch.cat([old, new]), inputs=inputs))
     probe = linear_probe(model, made)
-    records = run_grid(config, Store(out / "runs"), progress)
+    records = run_grid(config, store, progress)
     runs = run_frame(records)
     facts = {
         "model": config.model, "task": config.task, "pairs": n, "steps": config.steps, "lrs": list(config.lrs), "seeds": list(config.seeds),
