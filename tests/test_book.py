@@ -1,0 +1,70 @@
+"""The book builds from stored outputs, and what it shows is what a reader should see."""
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_house import ROOT, chapters
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    out = tmp_path_factory.mktemp("book")
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ROOT / "nbs", "--path-output", out, "--warningiserror", "--keep-going"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out / "_build" / "html"
+
+
+class Page(HTMLParser):
+    "What a page loads, what it shows, and its pictures."
+    def __init__(self, path):
+        super().__init__()
+        self.loads, self.pictures, self.text, self.math, self._skip, self._math = [], [], [], [], 0, 0
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "img":
+            self.pictures.append(attrs)
+        if tag in ("script", "img", "iframe", "source", "object") and attrs.get("src", attrs.get("data")):
+            self.loads.append(attrs.get("src", attrs.get("data")))
+        if tag == "link" and attrs.get("rel") in ("stylesheet", "icon", "preload", "preconnect", "dns-prefetch"):
+            self.loads.append(attrs["href"])
+        self._skip += tag in ("script", "style")
+        if self._math or (tag in ("span", "div") and "math" in attrs.get("class", "").split()):
+            self._math += tag in ("span", "div")
+
+    def handle_endtag(self, tag):
+        self._skip -= tag in ("script", "style")
+        self._math -= bool(self._math) and tag in ("span", "div")
+
+    def handle_data(self, data):
+        if not self._skip:
+            (self.math if self._math else self.text).append(data)
+
+
+@pytest.mark.parametrize("chapter", chapters())
+def test_a_page(book, chapter):
+    path = book / f"{chapter}.html"
+    assert path.exists(), "a page of _toc.yml is not in the book"
+    page = Page(path)
+    assert [u for u in page.loads if re.match(r"(https?:)?//", u)] == [], "a page must open without a network"
+    for url in page.loads:
+        assert url.startswith("data:") or (path.parent / url.split("?")[0]).exists(), url
+    shown = "".join(page.text)
+    assert "#|" not in shown and "```{" not in shown and ":::" not in shown
+    prose = re.sub(r"<pre.*?</pre>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    body = re.search(r"<article.*?</article>", prose, re.DOTALL)[0]
+    body = re.sub(r'<(span|div) class="math[^>]*>.*?</\1>', "", body, flags=re.DOTALL)
+    assert not re.search(r"\$\$|\\(frac|lVert|mathbb|sum)\b", body), "a formula that nothing will render"
+    assert all(p.get("alt", "").strip() for p in page.pictures if "logo" not in p.get("class", ""))
+
+
+def test_formulas_are_rendered_from_a_local_file(book):
+    html = (book / "theory" / "plasticity.html").read_text()
+    (script,) = re.findall(r'src="([^"]*mathjax[^"]*)"', html)
+    assert (book / "theory" / script.split("?")[0]).stat().st_size > 1e6
+    assert 'class="math' in html

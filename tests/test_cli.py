@@ -1,0 +1,50 @@
+"""The command line as a person meets it."""
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import vitplast as vp
+from vitplast.cli import app
+
+COMMAND = [sys.executable, "-m", "vitplast.cli"]
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_help_and_version():
+    assert invoke("--version").stdout.strip() == vp.__version__
+    assert "Examples" in invoke("demo", "--help").stdout and "--json" in invoke("demo", "--help").stdout
+    for name in ("demo", "pretrain"):
+        assert name in invoke("--help").stdout
+
+
+def test_pretraining_is_taken_up_and_gives_a_model_that_loads(tmp_path):
+    out = tmp_path / "small.safetensors"
+    result = invoke("pretrain", "--images", 128, "--out", out, "--device", "cpu", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    card = json.loads(out.with_suffix(".json").read_text())
+    assert card["steps"] == 2 and card["pretraining"]["images"] == 128
+    assert abs(vp.linear_probe(vp.load(out), vp.task("digits")) - card["linear_probe"]["pretrained"]) < 1e-9
+    again = invoke("pretrain", "--images", 256, "--out", out, "--device", "cpu")
+    assert again.exit_code == 1 and "another pretraining" in again.output and "Traceback" not in again.output
+
+
+def test_errors_are_one_line(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    result = subprocess.run([*COMMAND, "demo", "--out", str(tmp_path / "taken")], capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr and "vitplast:" in result.stderr.splitlines()[-1]
+    assert invoke("demo", "--seed", -1).exit_code == 2
+
+
+@pytest.mark.long
+def test_the_demo_prints_the_same_numbers_twice(tmp_path):
+    first, second = (subprocess.run([*COMMAND, "demo", "--json", "--out", str(tmp_path / f)], capture_output=True, text=True, check=True) for f in "ab")
+    assert first.stdout == second.stdout
+    found = json.loads(first.stdout)
+    assert [r["component"] for r in found["components"]][0] in ("MHA", "FC1", "FC2", "LN2", "LN1", "all")
+    assert len(found["components"]) == 7 and (tmp_path / "a" / "report.html").stat().st_size > 1e5

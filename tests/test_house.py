@@ -1,0 +1,117 @@
+"""The house: modules, notebooks, README and tables of contents in step; what a plain import needs."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {"_build", ".ipynb_checkpoints"} & set(p.parts))
+DEVELOPMENT_ONLY = ("nbdev", "execnb", "fastcore", "IPython", "jupyter_book", "sympy", "ray", "transformers", "peft", "pytest", "nbformat", "yaml")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def chapters() -> list:
+    toc = yaml.safe_load((ROOT / "nbs/_toc.yml").read_text())
+    return [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
+
+
+def test_modules_and_notebooks_are_in_step_and_notebooks_are_clean(tmp_path):
+    for name in ("nbs", "vitplast", "settings.ini", "pyproject.toml"):
+        source, target = ROOT / name, tmp_path / name
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "_build")) if source.is_dir() else shutil.copy(source, target)
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.suffix in (".py", ".ipynb")}
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([Path(sys.executable).with_name(command)], cwd=tmp_path, check=True, capture_output=True)
+    after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.suffix in (".py", ".ipynb")}
+    assert [str(p) for p in sorted(before.keys() | after.keys()) if before.get(p) != after.get(p)] == [], "run `make export`"
+
+
+def test_a_notebook_exports_to_the_module_of_its_name():
+    modules = {p.stem for p in (ROOT / "vitplast").glob("*.py") if not p.name.startswith("_")}
+    exporting = {}
+    for path in NOTEBOOKS:
+        source = "\n".join("".join(c["source"]) for c in read(path)["cells"] if c["cell_type"] == "code")
+        if found := re.search(r"^#\| default_exp (\w+)", source, re.MULTILINE):
+            exporting[found[1]] = path
+    assert set(exporting) == modules and all(name == path.stem for name, path in exporting.items())
+    assert all(len((ROOT / f"vitplast/{m}.py").read_text().splitlines()) <= 400 for m in modules)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS])
+def test_a_page_is_a_text_with_its_outputs(path):
+    cells = read(path)["cells"]
+    first = "".join(cells[0]["source"])
+    assert cells[0]["cell_type"] == "markdown" and re.match(r"# .+\n\n> .+", first), "an H1 and one quoted line open a page"
+    for cell in cells:
+        source = "".join(cell["source"])
+        assert not re.search(r"\bTO" + r"DO\b|\bFIX" + r"ME\b", source)
+        if cell["cell_type"] == "markdown":
+            assert not re.search(r"^(:::|```\{)|\{[a-z]+\}`", source, re.MULTILINE), "only what every viewer shows alike"
+            continue
+        assert all(o["output_type"] != "error" for o in cell["outputs"])
+        lines = source.strip().splitlines()
+        shows = lines and "#| export" not in source and re.match(r"(print|contact_sheet|show_family|depth_lines|against_accuracy|training_curves)\(", lines[-1])
+        assert not shows or cell["outputs"], f"no stored output for {lines[-1]!r}"
+
+
+def test_both_tables_of_contents_list_the_same_pages():
+    quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    listed = [quarto[0], *(page for section in quarto[1:] for page in section["contents"])]
+    assert [str(Path(p).relative_to("nbs").with_suffix("")) for p in listed] == chapters()
+    assert {str(p.relative_to(ROOT / "nbs").with_suffix("")) for p in NOTEBOOKS} <= set(chapters())
+
+
+def test_links_between_pages_and_citations_resolve():
+    for path in [*NOTEBOOKS, ROOT / "README.md", ROOT / "nbs/references.md"]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            text = "\n".join("".join(c["source"]) for c in read(path)["cells"] if c["cell_type"] == "markdown")
+        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+            file, _, anchor = target.partition("#")
+            linked = path.parent / file
+            assert linked.exists(), f"{path.name}: {target}"
+            assert not anchor or f'id="{anchor}"' in linked.read_text(), f"{path.name}: {target}"
+
+
+def test_import_needs_no_development_tool():
+    block = f"import sys\nfor name in {DEVELOPMENT_ONLY!r}: sys.modules[name] = None\n"
+    for statement in ("import vitplast as vp; print(sorted(vp.__all__))", *(f"import vitplast.{p.stem}" for p in (ROOT / "vitplast").glob("[a-z]*.py"))):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", block + statement], capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, f"{statement}: {done.stderr[-400:]}"
+
+
+def test_the_public_face_is_functions_where_modules_share_their_names():
+    import vitplast as vp
+
+    for name in ("bounds", "components", "finetune", "linear_probe", "load", "plasticity", "task"):
+        assert callable(getattr(vp, name)) and getattr(vp, name).__doc__, name
+
+
+def test_the_readme_example_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert 9 <= len([line for line in example.splitlines() if line.strip()]) <= 11
+    exec(example, {})
+    out = capsys.readouterr().out
+    assert re.search(r"MHA +\d", out) and re.search(r"attention alone: \d\d\.\d%, linear probe: \d\d\.\d%", out)
+
+
+def test_the_readme_shows_the_stored_demonstration():
+    done = subprocess.run([sys.executable, ROOT / "tools/readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figure = (ROOT / "nbs/results/demo/accuracy.svg").read_text()
+    assert figure.startswith("<svg")
+
+
+def test_version_is_one():
+    import vitplast
+
+    for file, pattern in (("settings.ini", r"^version = (.+)$"), ("CITATION.cff", r"^version: (.+)$")):
+        assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1] == vitplast.__version__

@@ -1,0 +1,93 @@
+"""Records are whole or not there: killed writers, two writers, a full disk, damage."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitplast.store import Store, canonical, key, replacing
+
+WRITER = """
+import sys
+from vitplast.store import Store
+store, i = Store(sys.argv[1]), 0
+while True:
+    i += 1
+    store.put({"i": i % 7}, {"values": [i] * 2000})
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_whole_records(tmp_path):
+    for attempt in range(5):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path])
+        while not list(tmp_path.glob("*.json")):
+            time.sleep(0.02)
+        time.sleep(0.03 * (attempt + 1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for i in range(7):
+            record = Store(tmp_path).get({"i": i})
+            assert record is None or len(set(record["values"])) == 1
+    assert len(Store(tmp_path)) > 0 and not list(tmp_path.glob("*.damaged"))
+
+
+def test_two_writers_share_a_folder(tmp_path):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, tmp_path]) for _ in range(2)]
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("*.json"))) < 7 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert all(Store(tmp_path).get({"i": i}) for i in range(7))
+    for w in writers:
+        w.kill(), w.wait()
+
+
+@pytest.mark.parametrize("damage", [lambda t: t[:-40], lambda t: t.replace("0.25", "0.75"), lambda t: "", lambda t: "[1]", lambda t: '{"record": {}}'])
+def test_damage_is_named_and_set_aside(tmp_path, damage):
+    store = Store(tmp_path)
+    store.put({"a": 1}, {"accuracy": 0.25})
+    path = store.path({"a": 1})
+    path.write_text(damage(path.read_text()))
+    with pytest.warns(UserWarning, match=rf"{path.name}: damaged record .* set aside as {path.stem}.damaged"):
+        assert store.get({"a": 1}) is None
+    assert not path.exists() and path.with_suffix(".damaged").exists()
+    store.put({"a": 1}, {"accuracy": 0.5})
+    assert store.get({"a": 1}) == {"accuracy": 0.5}
+
+
+def test_a_full_disk_loses_nothing_that_was_there(tmp_path, monkeypatch):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), replacing(target) as file:
+        file.write_text("new")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+@given(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text(max_size=5)), max_size=5))
+def test_the_key_does_not_depend_on_the_order_and_the_text_is_exact(d):
+    shuffled = dict(reversed(d.items()))
+    assert key(d) == key(shuffled) and json.loads(canonical(d)) == d
+    assert key(d | {"one more": 1}) != key(d)
+
+
+def test_numbers_that_json_cannot_hold(tmp_path):
+    store = Store(tmp_path)
+    store.put({}, {"loss": [1.0, math.nan, -math.inf], "nested": {"x": (math.inf, "text", True)}})
+    assert store.get({}) == {"loss": [1.0, None, None], "nested": {"x": [None, "text", True]}}
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(ValueError, match="expected a folder for the store, found a file on the way"):
+        Store(tmp_path / "runs")

@@ -1,0 +1,103 @@
+"""The study: selection on validation by hand, nothing computed twice, stopped and taken up."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from vitplast.report import display_frame, findings, report_html, text_table
+from vitplast.store import Store
+from vitplast.study import Study, StudyConfig, best_rates, rank_agreement, run_frame, study, summary
+
+SCRIPT = """
+import sys
+from vitplast.study import StudyConfig, study
+if __name__ == "__main__":
+    study(StudyConfig(selections=("head", "LN1", "MHA"), lrs=(0.01, 0.03), seeds=(0,), steps=int(sys.argv[2]), pairs=8), sys.argv[1])
+"""
+
+
+def made_up() -> Study:
+    "Two components, two rates, two seeds, numbers chosen so that validation and test disagree about the rate."
+    rows = []
+    for name, lr, seed, validation, test in [
+        ("MHA", 0.1, 0, 0.9, 0.5), ("MHA", 0.1, 1, 0.7, 0.7), ("MHA", 0.2, 0, 0.7, 0.9), ("MHA", 0.2, 1, 0.8, 0.9),
+        ("LN1", 0.1, 0, 0.5, 0.4), ("LN1", 0.1, 1, 0.5, 0.4), ("LN1", 0.2, 0, 0.6, 0.3), ("LN1", 0.2, 1, 0.6, 0.5),
+        ("head", 0.1, 0, 0.2, 0.2), ("head", 0.1, 1, 0.2, 0.2),
+    ]:  # fmt: skip
+        rows.append({"component": name, "lr": lr, "seed": seed, "best_step": 1, "validation_accuracy": validation, "test_accuracy": test, "diverged": False, "grad_norm": 2.0 if name != "head" else np.nan, "n_trained": 10})
+    cells = [(i, b, c) for i in ("embedding", "native") for b in (0, 1) for c in ("LN1", "MHA")]
+    value = {"LN1": 0.5, "MHA": 2.0}
+    plastic = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "inputs": i, "plasticity": value[c] + b, "ci_low": 0.1, "ci_high": 9.0, "max_ratio": value[c] + b + 1, "n_pairs": 4, "zero_pairs": 0} for i, b, c in cells])
+    bound = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "kind": "published", "inputs": i, "bound": 4 * (value[c] + b + 1), "radius": np.nan, "sigma": np.nan, "n_tokens": None, "proven": c == "LN1"} for i, b, c in cells])
+    runs = pd.DataFrame(rows)
+    curves = pd.DataFrame([{"step": s, "loss": 1.0, "grad_norm": 1.0, "validation_accuracy": 0.5, "component": c, "lr": 0.1, "seed": 0} for c in ("LN1", "MHA", "head") for s in (10, 20)])
+    facts = {"model": "formula-vit", "task": "digits", "pairs": 4, "steps": 20, "lrs": [0.1, 0.2], "seeds": [0, 1], "classes": 10, "train": 1, "validation": 1, "test": 100, "linear_probe": 0.3, "versions": {"torch": "x"}}
+    return Study(plastic, bound, runs, curves, facts)
+
+
+def test_the_rate_is_chosen_on_validation_and_never_on_test():
+    s = made_up()
+    assert best_rates(s.runs).to_dict() == {"LN1": 0.2, "MHA": 0.1, "head": 0.1}
+    table = summary(s).set_index("component")
+    assert table.test_accuracies["MHA"] == [0.5, 0.7] and np.isclose(table.test_accuracy["MHA"], 0.6)  # 0.9 at the other rate
+    assert list(table.index) == ["MHA", "LN1", "head"]
+    assert np.isclose(table.plasticity["MHA"], 2.5) and table.low_block["MHA"] == 2 and table.high_block["MHA"] == 3
+    assert np.isclose(table.bound["LN1"], 8) and np.isclose(table.tightness["LN1"], 4)
+    assert rank_agreement(summary(s))[0] == pytest.approx(1)
+
+
+def test_the_table_and_the_sentences_say_the_same():
+    s = made_up()
+    shown = display_frame(s).set_index("component")
+    assert shown["test accuracy"]["MHA"] == "60.0 ± 14.1" and shown["over head"]["MHA"] == "+40.0" and shown["bound"]["MHA"].endswith("*")
+    assert shown["plasticity"]["LN1"] == "1.00 (0.50-1.50)" and shown["gradient"]["head"] == ""
+    text = " ".join(findings(s))
+    assert "MHA > LN1" in text and "MHA is best alone, 20.0 points before LN1" in text and "linear probe 30.0%" not in text  # no `all` here
+    assert len({len(line.rstrip()) for line in text_table(display_frame(s)).splitlines()[1:2]}) == 1
+
+
+def test_a_saved_study_is_the_same_study(tmp_path):
+    s = made_up()
+    s.save(tmp_path)
+    again = Study.load(tmp_path)
+    assert text_table(display_frame(again)) == text_table(display_frame(s)) and again.facts == s.facts
+
+
+def test_the_report_is_one_file_without_requests():
+    page = report_html(made_up())
+    sources = re.findall(r'(?:src|href|data)="([^"#][^"]{0,30})', page)
+    assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert not re.search(r"<script|<link|@import|url\(\s*['\"]?http", page)
+    assert page.count("<img") == page.count("alt=") == 2 and page.count("<svg") == page.count("aria-label=") == 3
+
+
+def script(tmp_path, steps):
+    (tmp_path / "go.py").write_text(SCRIPT)
+    return [sys.executable, str(tmp_path / "go.py"), str(tmp_path / "out"), str(steps)]
+
+
+def test_ctrl_c_keeps_what_was_finished_and_a_rerun_computes_only_the_rest(tmp_path):
+    command, runs = script(tmp_path, 40), tmp_path / "out" / "runs"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    while len(list(runs.glob("*.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    stopped = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=20) != 0 and time.monotonic() - stopped < 10
+    kept = {f.name: f.stat().st_mtime_ns for f in runs.glob("*.json")}
+    assert 2 <= len(kept) < 6
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    after = {f.name: f.stat().st_mtime_ns for f in runs.glob("*.json")}
+    assert len(after) == 6 and kept.items() <= after.items()
+    undisturbed = script(tmp_path, 40)
+    undisturbed[2] = str(tmp_path / "other")
+    subprocess.run(undisturbed, check=True, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "out" / "runs.csv").read_text() == (tmp_path / "other" / "runs.csv").read_text()
+    assert (tmp_path / "out" / "plasticity.csv").read_text() == (tmp_path / "other" / "plasticity.csv").read_text()

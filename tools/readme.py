@@ -1,0 +1,32 @@
+"""Write the parts of README.md that follow from the stored demonstration: its table and its figure. `--check` changes nothing and fails if they are out of step."""
+import re
+import sys
+from pathlib import Path
+
+from vitplast.figures import against_accuracy, as_svg
+from vitplast.report import display_frame, findings, text_table
+from vitplast.store import replacing
+from vitplast.study import Study, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "nbs" / "results" / "demo"
+BLOCK = re.compile(r"(<!-- demo -->\n).*?(<!-- /demo -->)", re.DOTALL)
+
+
+def with_results(text) -> str:
+    "README text with the table and the sentences of the stored demonstration between its two markers."
+    stored = Study.load(RESULTS)
+    shown = display_frame(stored).drop(columns=["embedding", "parameters", "rate"])
+    sentences = "\n".join(f"- {line}" for line in findings(stored)[2:])
+    return BLOCK.sub(lambda m: f"{m[1]}```\n{text_table(shown)}\n```\n\n{sentences}\n{m[2]}", text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        sys.exit("README.md is out of step with nbs/results/demo: run `make readme`" if with_results(text) != text else 0)
+    with replacing(readme) as file:
+        file.write_text(with_results(text), encoding="utf-8")
+    with replacing(RESULTS / "accuracy.svg") as file:
+        file.write_text(as_svg(against_accuracy(summary(Study.load(RESULTS)))) + "\n", encoding="utf-8")
