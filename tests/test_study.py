@@ -1,4 +1,5 @@
 """The study: selection on validation by hand, nothing computed twice, stopped and taken up."""
+import json
 import os
 import re
 import signal
@@ -11,8 +12,8 @@ import pandas as pd
 import pytest
 
 from vitplast.report import display_frame, findings, report_html, text_table
-from vitplast.store import Store
-from vitplast.study import Study, StudyConfig, best_rates, rank_agreement, run_frame, study, summary
+from vitplast.store import finite
+from vitplast.study import Study, StudyConfig, best_rates, rank_agreement, run_one, summary
 
 SCRIPT = """
 import sys
@@ -83,7 +84,7 @@ def script(tmp_path, steps):
 
 
 def test_ctrl_c_keeps_what_was_finished_and_a_rerun_computes_only_the_rest(tmp_path):
-    command, runs = script(tmp_path, 40), tmp_path / "out" / "runs"
+    command, runs = script(tmp_path, 15), tmp_path / "out" / "runs"
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     while len(list(runs.glob("*.json"))) < 2:
         assert process.poll() is None
@@ -96,8 +97,11 @@ def test_ctrl_c_keeps_what_was_finished_and_a_rerun_computes_only_the_rest(tmp_p
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     after = {f.name: f.stat().st_mtime_ns for f in runs.glob("*.json")}
     assert len(after) == 6 and kept.items() <= after.items()
-    undisturbed = script(tmp_path, 40)
-    undisturbed[2] = str(tmp_path / "other")
-    subprocess.run(undisturbed, check=True, stderr=subprocess.DEVNULL)
-    assert (tmp_path / "out" / "runs.csv").read_text() == (tmp_path / "other" / "runs.csv").read_text()
-    assert (tmp_path / "out" / "plasticity.csv").read_text() == (tmp_path / "other" / "plasticity.csv").read_text()
+    records = {json.loads(f.read_text())["sha256"] for f in runs.glob("*.json")}
+    selection, config = StudyConfig(selections=("MHA",), lrs=(0.03,), seeds=(0,), steps=15).runs()[0]
+    alone = run_one("formula-vit", "digits", selection, config)  # in this process, undisturbed
+    stored = [r for f in runs.glob("*.json") if (r := json.loads(f.read_text())["record"])["components"] == "MHA" and r["config"] == alone["config"]]
+    assert len(records) == 6 and len(stored) == 1
+    for name in alone.keys() - {"seconds", "history"}:
+        assert stored[0][name] == alone[name], name
+    assert stored[0]["history"] == finite(alone["history"])

@@ -4,7 +4,6 @@
 """
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -25,19 +24,13 @@ def pages() -> list:
 def execute(path):
     "Run one notebook in its own folder and write it back with its outputs."
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(
-        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-        extra_arguments=["--InlineBackend.figure_formats=svg"],
-    ).execute()  # fmt: skip
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     nbformat.write(notebook, path)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        rc = Path(folder, "matplotlibrc")  # figures come out the same bytes on every run
-        rc.write_text("svg.hashsalt: vitplast\nsvg.fonttype: none\n")
-        os.environ |= {"MATPLOTLIBRC": str(rc), "SOURCE_DATE_EPOCH": "0", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        for page in [Path(a).resolve() for a in sys.argv[1:]] or pages():
-            started = time.monotonic()
-            execute(page)
-            print(f"{time.monotonic() - started:7.1f} s  {page.relative_to(NBS)}", flush=True)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    for page in [Path(a).resolve() for a in sys.argv[1:]] or pages():
+        started = time.monotonic()
+        execute(page)
+        print(f"{time.monotonic() - started:7.1f} s  {page.relative_to(NBS)}", flush=True)

@@ -28,7 +28,7 @@ def spectral_norm_product(left, right) -> torch.Tensor:
     r2 = torch.linalg.qr(right.detach().double().mT, mode="r").R
     return torch.linalg.matrix_norm(r1 @ r2.mT, 2)
 
-# %% ../nbs/theory/bounds.ipynb #20406a16
+# %% ../nbs/theory/bounds.ipynb #2ab616ec
 def smallest_spread(tokens, eps) -> float:
     "min over tokens of sqrt(var + eps) for tokens (..., d)."
     return tokens.double().var(-1, correction=0).add(eps).min().sqrt().item()
@@ -40,7 +40,8 @@ def largest_norm(tokens) -> float:
 
 
 def measure_domains(model, parts, source, inputs, batch_size, progress) -> tuple:
-    "Per component the smallest spread (norms) or the largest token norm (attention), None for linear layers; and the number of tokens."
+    """Per component the smallest spread (norms) or the largest token norm (attention), None for linear
+    layers; and the number of tokens."""
     like, n_tokens = next(model.parameters()), 0
     domains = [None] * len(parts.components)
     weights = [c.weights() for c in parts.components]
@@ -62,7 +63,7 @@ def measure_domains(model, parts, source, inputs, batch_size, progress) -> tuple
         raise ValueError("x: no images, expected at least one")
     return domains, n_tokens
 
-# %% ../nbs/theory/bounds.ipynb #028a5429
+# %% ../nbs/theory/bounds.ipynb #23c5d5e7
 KINDS_OF_BOUND = ("published",)
 
 
@@ -79,12 +80,17 @@ def published_attention_bound(w: Attention, radius, n_tokens) -> float:
     return (spectral_norm(w.O) * spectral_norm(w.V) * inner.sqrt()).sum().item()
 
 
-def bounds(model, x=None, radius=None, inputs="embedding", kind="published", batch_size=64, progress=False) -> pd.DataFrame:
+def bounds(
+    model, x=None, radius=None, inputs="embedding", kind="published", batch_size=64, progress=False
+) -> pd.DataFrame:
     """Upper bounds on the Lipschitz constant, and so on the plasticity, of every component.
 
-    x: normalised images (N, C, H, W) or an iterable of batches; the domains are measured from the tokens that enter each component, so pass all images
-    that plasticity is measured on. radius: largest token norm at every attention; without images the norms fall back on sigma = sqrt(eps).
-    Returns a frame: block, depth, component, kind, inputs, bound, radius (attention), sigma (norms), n_tokens (attention), proven (whether the weights meet the theorem's assumptions:
+    x: normalised images (N, C, H, W) or an iterable of batches; the domains are measured from the tokens
+    that enter each component, so pass all images
+    that plasticity is measured on. radius: largest token norm at every attention; without images the norms
+    fall back on sigma = sqrt(eps).
+    Returns a frame: block, depth, component, kind, inputs, bound, radius (attention), sigma (norms),
+    n_tokens (attention), proven (whether the weights meet the theorem's assumptions:
     a query bias does not).
     Raises ValueError without images or radius, and for a radius smaller than the tokens' own.
     Source: Odonnat et al. 2026, Castin et al. 2024.
@@ -94,30 +100,58 @@ def bounds(model, x=None, radius=None, inputs="embedding", kind="published", bat
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r}: expected one of {INPUTS}")
     if x is None and radius is None:
-        raise ValueError("attention has no global Lipschitz constant: expected images x, to measure the radius of its tokens, or a radius")
+        raise ValueError(
+            "attention has no global Lipschitz constant: expected images x, to measure the radius of its"
+            " tokens, or a radius"
+        )
     if radius is not None and not (math.isfinite(radius) and radius > 0):
         raise ValueError(f"radius={radius!r}: expected a positive number")
     parts = anatomy(model)
     if x is None:
         first = next(model.parameters())
         with evaluating(model):
-            n_tokens = parts.embed(torch.zeros(1, *parts.image_shape, device=first.device, dtype=first.dtype)).shape[1]
+            n_tokens = parts.embed(
+                torch.zeros(1, *parts.image_shape, device=first.device, dtype=first.dtype)
+            ).shape[1]
         domains = [None] * len(parts.components)
     else:
         domains, n_tokens = measure_domains(model, parts, x, inputs, batch_size, progress)
-    rows = [{"block": c.block, "depth": c.depth, "component": c.kind, "kind": kind, "inputs": inputs, **bound_row(c, domain, radius, n_tokens)} for c, domain in zip(parts.components, domains)]
+    rows = [
+        {
+            "block": c.block,
+            "depth": c.depth,
+            "component": c.kind,
+            "kind": kind,
+            "inputs": inputs,
+            **bound_row(c, domain, radius, n_tokens),
+        }
+        for c, domain in zip(parts.components, domains)
+    ]
     return pd.DataFrame(rows).astype({"n_tokens": "Int64"})
 
 
 def bound_row(component, domain, radius, n_tokens) -> dict:
     "Bound and domain of one component; `domain` is what `measure_domains` found, None without images."
-    w, row = component.weights(), {"bound": math.nan, "radius": math.nan, "sigma": math.nan, "n_tokens": None, "proven": True}
+    w, row = component.weights(), {
+        "bound": math.nan,
+        "radius": math.nan,
+        "sigma": math.nan,
+        "n_tokens": None,
+        "proven": True,
+    }
     if isinstance(w, Linear):
         return row | {"bound": spectral_norm(w.W).item()}
     if isinstance(w, Norm):
         sigma = math.sqrt(w.eps) if domain is None else domain
         return row | {"bound": norm_bound(w, sigma), "sigma": sigma}
     if radius is not None and domain is not None and radius < domain:
-        raise ValueError(f"radius={radius}: smaller than the tokens' own at {component}, expected at least {domain:.6g}")
+        raise ValueError(
+            f"radius={radius}: smaller than the tokens' own at {component}, expected at least {domain:.6g}"
+        )
     r = domain if radius is None else float(radius)
-    return row | {"bound": published_attention_bound(w, r, n_tokens), "radius": r, "n_tokens": n_tokens, "proven": not w.b_q.any().item()}
+    return row | {
+        "bound": published_attention_bound(w, r, n_tokens),
+        "radius": r,
+        "n_tokens": n_tokens,
+        "proven": not w.b_q.any().item(),
+    }

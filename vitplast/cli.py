@@ -42,10 +42,12 @@ def main(version: bool = typer.Option(False, "--version", help="Print the versio
         typer.echo(vitplast.__version__)
         raise typer.Exit()
 
-# %% ../nbs/library/cli.ipynb #3d1c6775
+# %% ../nbs/library/cli.ipynb #6fdaad51
 @app.command()
 def demo(
-    out: Path = typer.Option(Path("vitplast-demo"), help="Folder for report.html, the frames and the finished runs."),
+    out: Path = typer.Option(
+        Path("vitplast-demo"), help="Folder for report.html, the frames and the finished runs."
+    ),
     seed: int = typer.Option(0, min=0, help="First of the two seeds of the finetuning runs."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON instead of the table."),
 ):
@@ -70,24 +72,34 @@ def demo(
             file.write_text(report_html(result), encoding="utf-8")
     if as_json:
         rows = json.loads(summary(result).to_json(orient="records"))
-        typer.echo(json.dumps({"components": rows, "findings": findings(result), "facts": result.facts}, indent=1))
+        typer.echo(
+            json.dumps({"components": rows, "findings": findings(result), "facts": result.facts}, indent=1)
+        )
     else:
-        typer.echo(f"\n{result.facts['model']} on {result.facts['task']}: components, best test accuracy (%) first\n")
+        typer.echo(
+            f"\n{result.facts['model']} on {result.facts['task']}: components, best test accuracy (%) first\n"
+        )
         typer.echo(text_table(display_frame(result)) + "\n")
         typer.echo(textwrap.fill(FOOTNOTE, 100) + "\n")
-        typer.echo("\n".join(textwrap.fill(f"- {line}", 100, subsequent_indent="  ") for line in findings(result)) + "\n")
+        typer.echo(
+            "\n".join(textwrap.fill(f"- {line}", 100, subsequent_indent="  ") for line in findings(result))
+            + "\n"
+        )
     typer.echo(f"{out / 'report.html'} written, {time.monotonic() - started:.0f} s", err=True)
 
-# %% ../nbs/library/cli.ipynb #d13397e7
+# %% ../nbs/library/cli.ipynb #c53f0135
 @app.command()
 def pretrain(
-    out: Path = typer.Option(Path("formula-vit.safetensors"), help="File for the weights; its card and its state lie beside it."),
+    out: Path = typer.Option(
+        Path("formula-vit.safetensors"), help="File for the weights; its card and its state lie beside it."
+    ),
     images: int = typer.Option(2_400_000, min=64, help="Formula images to train on, each seen once."),
     seed: int = typer.Option(0, min=0, help="Of the first weights and of the images."),
     device: str = typer.Option("auto", help="cpu, cuda, or auto: a GPU if there is one."),
     threads: int = typer.Option(0, min=0, help="CPU threads, 0 for torch's choice."),
 ):
-    """Pretrain a small Vision Transformer on formula images. Resumable: the same command goes on where it stopped.
+    """Pretrain a small Vision Transformer on formula images. Resumable: the same command goes on where it
+    stopped.
 
     Examples:
 

@@ -22,9 +22,10 @@ from torch import nn
 # %% ../nbs/library/components.ipynb #79197124
 KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")  # in the order of the forward pass
 
-# %% ../nbs/library/components.ipynb #21d32ea3
+# %% ../nbs/library/components.ipynb #a77702ae
 class Norm(NamedTuple):
     "LayerNorm per token: gamma * (x - mean) / sqrt(var + eps) + beta."
+
     gamma: torch.Tensor  # (d,)
     beta: torch.Tensor  # (d,)
     eps: float
@@ -32,12 +33,14 @@ class Norm(NamedTuple):
 
 class Linear(NamedTuple):
     "x W^T + b."
+
     W: torch.Tensor  # (m, d)
     b: torch.Tensor  # (m,)
 
 
 class Attention(NamedTuple):
     "Sum over heads h of softmax((Q x + b_q)(K x + b_k)^T * scale) (V x + b_v) O^T, plus b_o."
+
     Q: torch.Tensor  # (heads, d_head, d)
     b_q: torch.Tensor  # (heads, d_head)
     K: torch.Tensor  # (heads, d_head, d)
@@ -52,6 +55,7 @@ class Attention(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Component:
     "One piece of one block: what it is, what it computes, and which parameters are its own."
+
     block: int  # from 0
     depth: float  # block / (blocks - 1), in [0, 1]
     kind: str  # one of KINDS
@@ -66,12 +70,16 @@ class Component:
         return self.module(tokens)
 
     def __repr__(self):
-        return f"{self.kind} of block {self.block} ({self.name}, {sum(p.numel() for p in self.parameters.values()):,} parameters)"
+        return (
+            f"{self.kind} of block {self.block} ({self.name},"
+            f" {sum(p.numel() for p in self.parameters.values()):,} parameters)"
+        )
 
-# %% ../nbs/library/components.ipynb #b0e31357
+# %% ../nbs/library/components.ipynb #e99aecb8
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "A model taken apart: everything that the rest of the package needs to know about an architecture."
+
     components: list  # of Component, block-major, in the order of KINDS
     rest: dict  # parameters inside the blocks that belong to no component (LayerScale): name -> nn.Parameter
     image_shape: tuple  # (channels, height, width) of the images that it takes
@@ -87,17 +95,29 @@ class Anatomy:
         if not isinstance(images, torch.Tensor):
             raise TypeError(f"{what}: {type(images).__name__}, expected a tensor (N, C, H, W)")
         if not images.is_floating_point():
-            raise TypeError(f"{what}: {images.dtype}, expected normalised floats; vitplast.models.prepare(model, images) makes them from bytes")
+            raise TypeError(
+                f"{what}: {images.dtype}, expected normalised floats; vitplast.models.prepare(model, images)"
+                " makes them from bytes"
+            )
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"{what}: shape {tuple(images.shape)}, expected (N, {', '.join(map(str, self.image_shape))})")
+            raise ValueError(
+                f"{what}: shape {tuple(images.shape)}, expected (N, {', '.join(map(str, self.image_shape))})"
+            )
         if not torch.isfinite(images).all():
-            raise ValueError(f"{what}: {int((~torch.isfinite(images)).sum())} values are NaN or infinite, expected finite numbers")
+            raise ValueError(
+                f"{what}: {int((~torch.isfinite(images)).sum())} values are NaN or infinite, expected finite"
+                " numbers"
+            )
 
 
 @singledispatch
 def anatomy(model) -> Anatomy:
-    "Take a model apart; TypeError for a class that no adapter covers. Register a function to add an architecture."
-    raise TypeError(f"{type(model).__name__} is not covered; supported: {', '.join(sorted(c.__name__ for c in anatomy.registry if c is not object))} (timm, pre-norm)")
+    """Take a model apart; TypeError for a class that no adapter covers. Register a function to add an
+    architecture."""
+    raise TypeError(
+        f"{type(model).__name__} is not covered; supported:"
+        f" {', '.join(sorted(c.__name__ for c in anatomy.registry if c is not object))} (timm, pre-norm)"
+    )
 
 
 def components(model) -> list:
@@ -131,20 +151,29 @@ def fused_attention_weights(qkv, proj, heads, scale) -> Attention:
     O = proj.weight.view(proj.out_features, heads, -1).transpose(0, 1)  # input columns: heads x d_head
     return Attention(weight[0], bias[0], weight[1], bias[1], weight[2], bias[2], O, zero_bias(proj), scale)
 
-# %% ../nbs/library/components.ipynb #458125ca
+# %% ../nbs/library/components.ipynb #af460cae
 def check_timm_block(model, block):
     "Refuse, with the reason, blocks that are not five plain components in pre-norm order."
     if type(block) is not Block:
-        refuse(model, f"its blocks are {type(block).__name__} (post-norm or parallel), expected pre-norm Block")
+        refuse(
+            model, f"its blocks are {type(block).__name__} (post-norm or parallel), expected pre-norm Block"
+        )
     attn, mlp = block.attn, block.mlp
     if type(attn) is not TimmAttention:
         refuse(model, f"its attention is {type(attn).__name__}, expected plain softmax attention")
     if not all(isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm)):
-        refuse(model, "its attention normalises queries and keys (qk-norm), which is another function with another bound")
+        refuse(
+            model,
+            "its attention normalises queries and keys (qk-norm), which is another function with another"
+            " bound",
+        )
     if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
         refuse(model, "its attention normalises or gates its output before the projection")
     if type(mlp) is not Mlp:
-        refuse(model, f"its MLP is {type(mlp).__name__} (gated), expected two linear layers with an activation between")
+        refuse(
+            model,
+            f"its MLP is {type(mlp).__name__} (gated), expected two linear layers with an activation between",
+        )
     if not isinstance(mlp.norm, nn.Identity) or not isinstance(mlp.fc1, nn.Linear):
         refuse(model, "its MLP normalises between the layers or is made of convolutions")
     for norm in (block.norm1, block.norm2):
@@ -156,7 +185,7 @@ def named(model, prefix) -> dict:
     "Full names and parameters of the submodule called `prefix`."
     return {f"{prefix}.{k}": p for k, p in model.get_submodule(prefix).named_parameters()}
 
-# %% ../nbs/library/components.ipynb #08f58636
+# %% ../nbs/library/components.ipynb #d69a81b6
 @anatomy.register
 def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
     "The anatomy of a pre-norm timm VisionTransformer."
@@ -176,7 +205,8 @@ def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
         widths = dict.fromkeys(KINDS, attn.qkv.in_features) | {"FC2": mlp.fc2.in_features}
         for kind, (path, weights) in parts.items():
             name = f"blocks.{i}.{path}"
-            found.append(Component(i, i / last, kind, name, model.get_submodule(name), widths[kind], weights, named(model, name)))
+            parameters, module = named(model, name), model.get_submodule(name)
+            found.append(Component(i, i / last, kind, name, module, widths[kind], weights, parameters))
 
     def embed(images):
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
@@ -195,7 +225,8 @@ def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
 
 
 def uncovered(model, prefix, components, allowed) -> dict:
-    "Parameters under `prefix` outside every component; TypeError if one is in two components, or in none without an allowed name."
+    """Parameters under `prefix` outside every component; TypeError if one is in two components, or in none
+    without an allowed name."""
     names = [n for c in components for n in c.parameters]
     if len(names) != len(set(names)):
         refuse(model, f"parameters in two components: {sorted(n for n in set(names) if names.count(n) > 1)}")
@@ -204,7 +235,7 @@ def uncovered(model, prefix, components, allowed) -> dict:
         refuse(model, f"parameters in no component: {unknown}")
     return rest
 
-# %% ../nbs/library/components.ipynb #85c18f82
+# %% ../nbs/library/components.ipynb #9bced1ff
 INPUTS = ("embedding", "native")
 
 
@@ -226,9 +257,11 @@ def fit(tokens, width) -> torch.Tensor:
 
 
 def visit(parts: Anatomy, images, inputs, see, outputs=True):
-    """Call see(index, component, tokens_in, tokens_out) for every component, with the tokens of the chosen input protocol.
+    """Call see(index, component, tokens_in, tokens_out) for every component, with the tokens of the chosen
+    input protocol.
 
-    Nothing is kept: the tokens can be forgotten when `see` returns. tokens_out is None with outputs=False in the embedding protocol.
+    Nothing is kept: the tokens can be forgotten when `see` returns. tokens_out is None with outputs=False
+    in the embedding protocol.
     """
     if inputs not in INPUTS:
         raise ValueError(f"inputs={inputs!r}: expected one of {INPUTS}")
@@ -241,7 +274,9 @@ def visit(parts: Anatomy, images, inputs, see, outputs=True):
     hooks = []
     try:
         for i, c in enumerate(parts.components):
-            hooks.append(c.module.register_forward_hook(lambda _, args, out, i=i, c=c: see(i, c, args[0], out)))
+            hooks.append(
+                c.module.register_forward_hook(lambda _, args, out, i=i, c=c: see(i, c, args[0], out))
+            )
         parts.tokens(images)
     finally:
         for hook in hooks:

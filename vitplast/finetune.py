@@ -25,12 +25,13 @@ from .components import KINDS, Component, anatomy, evaluating
 from .models import prepare
 from .tasks import Split, Task
 
-# %% ../nbs/library/finetune.ipynb #643e7013
+# %% ../nbs/library/finetune.ipynb #1e06a8a8
 CHOICES = (*KINDS, "all", "head")
 
 
 def select(model, components, head=True, final_norm=False) -> dict:
-    "Names and parameters that a selection trains; ValueError for an unknown name (with the nearest) or an empty selection."
+    """Names and parameters that a selection trains; ValueError for an unknown name (with the nearest) or an
+    empty selection."""
     parts = anatomy(model)
     wanted = [components] if isinstance(components, (str, Component)) else list(components)
     chosen = {}
@@ -45,22 +46,32 @@ def select(model, components, head=True, final_norm=False) -> dict:
             matched = [c for c in parts.components if c.kind == item]
         if not matched:
             near = difflib.get_close_matches(str(item).upper(), KINDS, n=2, cutoff=0.3)
-            raise ValueError(f"component {item!r} matches nothing: expected one of {CHOICES} or items of vp.components(model)" + f"; nearest: {near}" * bool(near))
+            raise ValueError(
+                f"component {item!r} matches nothing: expected one of {CHOICES} or items of"
+                " vp.components(model)"
+                + f"; nearest: {near}" * bool(near)
+            )
         for c in matched:
             chosen |= c.parameters
     chosen |= parts.final_norm if final_norm else {}
     chosen |= parts.head() if head else {}
     if not chosen:
-        raise ValueError(f"components={components!r}, head={head}: nothing to train, expected some of {CHOICES}" + " (the model has no head)" * (not parts.head()))
+        raise ValueError(
+            f"components={components!r}, head={head}: nothing to train, expected some of {CHOICES}"
+            + " (the model has no head)" * (not parts.head())
+        )
     return {n: p for n, p in model.named_parameters() if n in chosen}  # in the model's order, each once
 
 
 class trainable:
-    """Train the chosen components (and the head) only: freezes all else at once; as a context manager it restores the old state at the end.
+    """Train the chosen components (and the head) only: freezes all else at once; as a context manager it
+    restores the old state at the end.
 
-    components: kinds such as "MHA", components of vp.components(model), "all" or "head". `names` says what it matched.
+    components: kinds such as "MHA", components of vp.components(model), "all" or "head". `names` says what
+    it matched.
     Raises ValueError where a name matches nothing.
     """
+
     def __init__(self, model, components, head=True, final_norm=False):
         self.chosen = select(model, components, head, final_norm)
         self.before = [(p, p.requires_grad) for p in model.parameters()]
@@ -82,12 +93,16 @@ class trainable:
 
     def __repr__(self):
         n = sum(p.numel() for p in self.chosen.values())
-        return f"{len(self.chosen)} tensors train, {n:,} of {self.total:,} parameters ({n / self.total:.1%}): {self.names[0]} ... {self.names[-1]}"
+        return (
+            f"{len(self.chosen)} tensors train, {n:,} of {self.total:,} parameters ({n / self.total:.1%}):"
+            f" {self.names[0]} ... {self.names[-1]}"
+        )
 
-# %% ../nbs/library/finetune.ipynb #d426ed3d
+# %% ../nbs/library/finetune.ipynb #1c6a0c11
 @dataclass(frozen=True)
 class FinetuneConfig:
     "How to train; a run depends on this, the task, the model and the components alone."
+
     lr: float = 0.01  # at the end of the warm-up
     steps: int = 300
     batch_size: int = 32
@@ -117,23 +132,29 @@ class FinetuneConfig:
         "The inverse of dataclasses.asdict; ValueError for an unknown key, with the nearest known one."
         known = [f.name for f in fields(cls)]
         for name in d.keys() - set(known):
-            raise ValueError(f"unknown setting {name!r}: nearest known {difflib.get_close_matches(name, known, 1, 0) or known}")
+            raise ValueError(
+                f"unknown setting {name!r}: nearest known"
+                f" {difflib.get_close_matches(name, known, 1, 0) or known}"
+            )
         return cls(**d)
 
 
 def warmup_cosine(step, steps, warmup) -> float:
-    "Factor of the learning rate at a step (from 0): linear warm-up over the share `warmup`, then a half cosine that ends at zero."
+    """Factor of the learning rate at a step (from 0): linear warm-up over the share `warmup`, then a half
+    cosine that ends at zero."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / max(1, steps - warm)))
 
-# %% ../nbs/library/finetune.ipynb #c20962df
+# %% ../nbs/library/finetune.ipynb #73691543
 def image_order(n_images, steps, batch_size, seed) -> torch.Tensor:
     "Indices (steps, batch_size): one shuffled epoch after another."
     g = torch.Generator().manual_seed(seed)
     epochs = -(-steps * batch_size // n_images)
-    return torch.cat([torch.randperm(n_images, generator=g) for _ in range(epochs)])[: steps * batch_size].view(steps, batch_size)
+    return torch.cat([torch.randperm(n_images, generator=g) for _ in range(epochs)])[
+        : steps * batch_size
+    ].view(steps, batch_size)
 
 # %% ../nbs/library/finetune.ipynb #5d0cffe3
 def evaluate(model, split: Split, batch_size=256) -> tuple:
@@ -147,14 +168,17 @@ def evaluate(model, split: Split, batch_size=256) -> tuple:
             correct += (logits.argmax(1) == labels).sum().item()
     return loss / len(split), correct / len(split)
 
-# %% ../nbs/library/finetune.ipynb #ed2d7d9f
+# %% ../nbs/library/finetune.ipynb #f11e4dea
 @dataclass(eq=False)
 class Run:
     "One finetuning: what was asked, what happened, and the model at its best validation step."
+
     task: str
     components: str  # "MHA", or several joined by "+"
     config: FinetuneConfig
-    history: pd.DataFrame  # step, lr, loss, grad_norm (of the components, without the head; before clipping), validation_loss, validation_accuracy
+    history: (
+        pd.DataFrame
+    )  # step, lr, loss, grad_norm (of the components, without the head; before clipping), validation_loss, validation_accuracy
     best_step: int  # that validation picked
     validation_accuracy: float
     test_accuracy: float
@@ -165,7 +189,11 @@ class Run:
 
     def record(self) -> dict:
         "Everything but the model, as nested lists and dictionaries."
-        d = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("model", "history", "config")}
+        d = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("model", "history", "config")
+        }
         return d | {"config": asdict(self.config), "history": self.history.to_dict("list")}
 
 
@@ -189,9 +217,12 @@ def check_fit(model, task: Task):
     "ValueError unless the task's images have the model's size."
     expected, found = anatomy(model).image_shape, tuple(task.train.images.shape[1:])
     if found != expected:
-        raise ValueError(f"task {task.name!r} has images {found}, the model takes {expected}: expected vp.task(folder, size={expected[-1]})")
+        raise ValueError(
+            f"task {task.name!r} has images {found}, the model takes {expected}: expected vp.task(folder,"
+            f" size={expected[-1]})"
+        )
 
-# %% ../nbs/library/finetune.ipynb #3c995ec7
+# %% ../nbs/library/finetune.ipynb #087db6a5
 def finetune(model, task: Task, components, config=FinetuneConfig(), progress=False) -> Run:
     """Train the chosen components and a new head on a task.
 
@@ -207,10 +238,14 @@ def finetune(model, task: Task, components, config=FinetuneConfig(), progress=Fa
     head = anatomy(model).head()
     parameters = list(training.chosen.values())
     body = [p for n, p in training.chosen.items() if n not in head]
-    optimizer = torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     order = image_order(len(task.train), config.steps, config.batch_size, config.seed)
     losses, norms, readings, best = [], [], {}, None
-    for step, rows in enumerate(tqdm(order, desc=label(components), unit="step", leave=False, disable=not progress)):
+    for step, rows in enumerate(
+        tqdm(order, desc=label(components), unit="step", leave=False, disable=not progress)
+    ):
         model.train()
         optimizer.param_groups[0]["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup)
         logits = model(prepare(model, task.train.images[rows]))
@@ -228,7 +263,9 @@ def finetune(model, task: Task, components, config=FinetuneConfig(), progress=Fa
             break
         if best is None or readings[step][1] > best[0]:
             best = (readings[step][1], step + 1, [p.detach().clone() for p in parameters])
-    diverged = not all(map(math.isfinite, torch.stack(losses).tolist())) or not math.isfinite(readings[step][0])
+    diverged = not all(map(math.isfinite, torch.stack(losses).tolist())) or not math.isfinite(
+        readings[step][0]
+    )
     if best is not None:
         with torch.no_grad():
             for p, kept in zip(parameters, best[2]):
@@ -246,12 +283,14 @@ def finetune(model, task: Task, components, config=FinetuneConfig(), progress=Fa
         n_trained=sum(p.numel() for p in parameters), seconds=time.monotonic() - started, model=model.eval(),
     )  # fmt: skip
 
-# %% ../nbs/library/finetune.ipynb #153db2df
+# %% ../nbs/library/finetune.ipynb #4975938a
 def probe_features(model, images, batch_size=256):
     "Mean token after the last block, of length 1, for byte images: array (N, d)."
     parts = anatomy(model)
     with evaluating(model):
-        tokens = [F.normalize(parts.tokens(prepare(model, b)).mean(1), dim=1) for b in images.split(batch_size)]
+        tokens = [
+            F.normalize(parts.tokens(prepare(model, b)).mean(1), dim=1) for b in images.split(batch_size)
+        ]
     return torch.cat(tokens).double().cpu().numpy()
 
 
@@ -260,4 +299,6 @@ def linear_probe(model, task: Task) -> float:
     check_fit(model, task)
     scaler, classifier = StandardScaler(), LogisticRegression(max_iter=5000)
     classifier.fit(scaler.fit_transform(probe_features(model, task.train.images)), task.train.labels.numpy())
-    return float(classifier.score(scaler.transform(probe_features(model, task.test.images)), task.test.labels.numpy()))
+    return float(
+        classifier.score(scaler.transform(probe_features(model, task.test.images)), task.test.labels.numpy())
+    )

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-# %% ../nbs/library/images.ipynb #22a7e2f1
+# %% ../nbs/library/images.ipynb #cacbfa40
 @dataclass(frozen=True)
 class FormulaConfig:
     "What the classes are: two configurations that differ in `seed` share no class."
+
     size: int = 32  # image side in pixels
     n_shapes: int = 96  # classes per family of shapes
     n_textures: int = 64  # classes of textures
@@ -37,9 +38,10 @@ def normal(g: torch.Generator, *shape) -> torch.Tensor:
     "Standard normal numbers of the given shape, on the generator's device."
     return torch.randn(*shape, generator=g, device=g.device)
 
-# %% ../nbs/library/images.ipynb #bf190383
+# %% ../nbs/library/images.ipynb #1074819e
 class Affine(NamedTuple):
     "Maps image coordinates to shape coordinates: p -> A (p - shift)."
+
     matrix: torch.Tensor  # (N, 2, 2)
     shift: torch.Tensor  # (N, 1, 2)
 
@@ -51,7 +53,8 @@ class Affine(NamedTuple):
 
 
 def random_affine(g, hardness, rotation=0.35, scale=(0.75, 1.5), shift=0.3) -> Affine:
-    "One random map per entry of `hardness` (N,); rotation in radians, scale as an interval of zoom factors, shift in half image sides."
+    """One random map per entry of `hardness` (N,); rotation in radians, scale as an interval of zoom
+    factors, shift in half image sides."""
     n = len(hardness)
     angle = uniform(g, n, low=-rotation, high=rotation) * hardness
     shear = uniform(g, n, low=-0.25, high=0.25) * hardness
@@ -69,9 +72,10 @@ def pixel_grid(size, device="cpu") -> torch.Tensor:
     y, x = torch.meshgrid(side, side, indexing="ij")
     return torch.stack([x, y], -1).view(-1, 2)
 
-# %% ../nbs/library/images.ipynb #e66e615c
+# %% ../nbs/library/images.ipynb #f53590f4
 class Contours:
     "Closed curves whose log radius is a short Fourier series, some with a hole."
+
     def __init__(self, n_classes, g, device):
         k = torch.arange(1, 9.0)
         self.amplitude = (0.45 * normal(g, n_classes, 8) / k**0.7).to(device)
@@ -92,14 +96,17 @@ class Contours:
         inside, outside_hole = (edge - radius) * 14, (radius - self.hole[classes][:, None] * edge) * 14
         return torch.sigmoid(inside) * torch.sigmoid(outside_hole)
 
-# %% ../nbs/library/images.ipynb #94d9cd75
+# %% ../nbs/library/images.ipynb #93c54c72
 class Strokes:
     "One to three quadratic Bezier curves, drawn with a pen of random width."
+
     def __init__(self, n_classes, g, device):
         points = uniform(g, n_classes, 3, 3, 2, low=-0.8, high=0.8)  # class, curve, control point, xy
         count = torch.randint(1, 4, (n_classes, 1, 1, 1), generator=g)
         unused = torch.arange(3).view(1, 3, 1, 1) >= count
-        self.points = torch.where(unused, points[:, :1], points).to(device)  # an unused curve repeats the first
+        self.points = torch.where(unused, points[:, :1], points).to(
+            device
+        )  # an unused curve repeats the first
 
     def __call__(self, classes, grid, g, hardness):
         "Masks (N, P) in [0, 1] of the given classes (N,) at the grid points (P, 2)."
@@ -107,7 +114,9 @@ class Strokes:
         p = random_affine(g, hardness)(grid)[:, :, None]  # (N, P, 1, 2)
         control = (self.points[classes] + 0.05 * normal(g, n, 3, 3, 2))[..., None, :]  # (N, 3, 3, 1, 2)
         t = torch.linspace(0, 1, 6, device=grid.device)[:, None]
-        curve = (1 - t) ** 2 * control[:, :, 0] + 2 * t * (1 - t) * control[:, :, 1] + t**2 * control[:, :, 2]  # (N, 3, 6, 2)
+        curve = (
+            (1 - t) ** 2 * control[:, :, 0] + 2 * t * (1 - t) * control[:, :, 1] + t**2 * control[:, :, 2]
+        )  # (N, 3, 6, 2)
         start = curve[:, :, :-1].reshape(n, 1, 15, 2)
         step = curve[:, :, 1:].reshape(n, 1, 15, 2) - start  # (N, 1, 15, 2)
         dx, dy = p[..., 0] - start[..., 0], p[..., 1] - start[..., 1]  # (N, P, 15)
@@ -117,9 +126,10 @@ class Strokes:
         width = uniform(g, n, 1, low=0.06, high=0.18)
         return torch.sigmoid((width - squared.amin(-1).sqrt()) * 22)
 
-# %% ../nbs/library/images.ipynb #6098d479
+# %% ../nbs/library/images.ipynb #8f4ddf9b
 class Fractals:
     "Attractors of three contracting affine maps, drawn as a cloud of points by the chaos game."
+
     def __init__(self, n_classes, g, device):
         def rotations():
             a = uniform(g, n_classes, 3, high=2 * math.pi)
@@ -130,7 +140,9 @@ class Fractals:
         self.shift = uniform(g, n_classes, 3, 2, low=-1, high=1).to(device)
         weight = stretch.prod(-1) + 0.02  # the share of a map's jumps follows its area
         self.cumulative = (weight / weight.sum(1, True)).cumsum(1)[:, None, :2].to(device)
-        cloud = self.cloud(torch.arange(n_classes, device=device), torch.Generator(device).manual_seed(0), 512, 40, 10)
+        cloud = self.cloud(
+            torch.arange(n_classes, device=device), torch.Generator(device).manual_seed(0), 512, 40, 10
+        )
         self.centre, self.radius = cloud.mean(1, True), cloud.flatten(1).std(1)[:, None, None] + 1e-3
 
     def cloud(self, classes, g, n_points=192, n_jumps=18, keep=8):
@@ -139,7 +151,9 @@ class Fractals:
         x, kept = normal(g, n, n_points, 2), []
         matrix, shift, cumulative = self.matrix[classes], self.shift[classes], self.cumulative[classes]
         for jump in range(n_jumps):
-            which = (uniform(g, n, n_points, 1) > cumulative).sum(-1, keepdim=True)  # (N, n_points, 1) in 0, 1, 2
+            which = (uniform(g, n, n_points, 1) > cumulative).sum(
+                -1, keepdim=True
+            )  # (N, n_points, 1) in 0, 1, 2
             a, b, c, d = matrix.gather(1, which.expand(-1, -1, 4)).unbind(-1)
             u, v = x.unbind(-1)
             x = torch.stack([a * u + b * v, c * u + d * v], -1) + shift.gather(1, which.expand(-1, -1, 2))
@@ -155,12 +169,15 @@ class Fractals:
         column, row = ((x + 1) * (size / 2)).floor().long().unbind(-1)
         visible = (column >= 0) & (column < size) & (row >= 0) & (row < size)
         pixel = (row * size + column).clamp(0, size * size - 1)
-        hits = torch.zeros(len(classes), size * size, device=grid.device).scatter_add_(1, pixel, visible.float())
+        hits = torch.zeros(len(classes), size * size, device=grid.device).scatter_add_(
+            1, pixel, visible.float()
+        )
         return 1 - torch.exp(-hits * 0.8 * (size / 32) ** 2)
 
-# %% ../nbs/library/images.ipynb #30b1c7fc
+# %% ../nbs/library/images.ipynb #0f7542e6
 class Textures:
     "Three plane waves in warped coordinates, added or multiplied, through one of four non-linearities."
+
     def __init__(self, n_classes, g, device):
         frequency = torch.exp(uniform(g, n_classes, 3, low=math.log(3.0), high=math.log(27.0)))
         angle = uniform(g, n_classes, 3, high=math.pi)
@@ -185,12 +202,13 @@ class Textures:
         value = torch.where(kind == 3, 2 * torch.exp(-signal.abs()) - 1, value)
         return 0.5 + 0.5 * value
 
-# %% ../nbs/library/images.ipynb #e5264d16
+# %% ../nbs/library/images.ipynb #5792111d
 GREY = (0.1, 0.65)  # background and shape of the easiest images
 
 
 def colour(g, mask, front, back, hardness, flat=(0.5, 0.3), noise=0.06):
-    """Paint masks (N, P) with texture values (N, P): RGB images (N, 3, P) in [0, 1], and which textures stay visible.
+    """Paint masks (N, P) with texture values (N, P): RGB images (N, 3, P) in [0, 1], and which textures
+    stay visible.
 
     flat: the share of shapes and of backgrounds that get one colour and no texture.
     """
@@ -212,12 +230,13 @@ def colour(g, mask, front, back, hardness, flat=(0.5, 0.3), noise=0.06):
     image = image + uniform(g, n, 1, 1, high=noise) * normal(g, *image.shape)
     return image.clamp(0, 1), ~flat_front, ~flat_back
 
-# %% ../nbs/library/images.ipynb #55719d94
+# %% ../nbs/library/images.ipynb #5978c234
 FAMILIES = {"contour": Contours, "stroke": Strokes, "fractal": Fractals}
 
 
 class FormulaBatch(NamedTuple):
     "Images with the labels known from the formula that drew them."
+
     images: torch.Tensor  # (N, 3, S, S) in [0, 1]
     shape: torch.Tensor  # (N,) in 0 .. n_classes - 1
     front: torch.Tensor  # (N,) texture class inside the shape, -1 where flat
@@ -227,6 +246,7 @@ class FormulaBatch(NamedTuple):
 
 class FormulaImages:
     "An endless stream of labelled formula images; the classes follow from the configuration alone."
+
     def __init__(self, config=FormulaConfig(), device="cpu"):
         g = torch.Generator().manual_seed(config.seed)
         self.config, self.grid = config, pixel_grid(config.size, device)

@@ -23,10 +23,11 @@ from torch import nn
 
 from .store import replacing
 
-# %% ../nbs/library/models.ipynb #b5e6b77d
+# %% ../nbs/library/models.ipynb #a74fd99f
 @dataclass(frozen=True)
 class ViTConfig:
     "The architecture of a Vision Transformer, and how its images are normalised."
+
     size: int = 32  # image side in pixels
     patch: int = 8  # patch side in pixels
     width: int = 96
@@ -39,9 +40,14 @@ class ViTConfig:
         for divisor, dividend in (("patch", "size"), ("heads", "width")):
             a, b = getattr(self, divisor), getattr(self, dividend)
             if a < 1 or b < 1 or b % a:
-                raise ValueError(f"{dividend}={b} and {divisor}={a}: expected positive integers, {dividend} a multiple of {divisor}")
+                raise ValueError(
+                    f"{dividend}={b} and {divisor}={a}: expected positive integers, {dividend} a multiple of"
+                    f" {divisor}"
+                )
         if self.width % 4:
-            raise ValueError(f"width={self.width}: expected a multiple of 4, for the sines and cosines of the positions")
+            raise ValueError(
+                f"width={self.width}: expected a multiple of 4, for the sines and cosines of the positions"
+            )
 
 
 def positions(config: ViTConfig) -> torch.Tensor:
@@ -55,23 +61,32 @@ def positions(config: ViTConfig) -> torch.Tensor:
 
 
 def build(config: ViTConfig, seed=0) -> VisionTransformer:
-    "The untrained network of a configuration; the same seed gives the same weights, and torch's global generator is left alone."
+    """The untrained network of a configuration; the same seed gives the same weights, and torch's global
+    generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VisionTransformer(
-            img_size=config.size, patch_size=config.patch, embed_dim=config.width, depth=config.depth,
-            num_heads=config.heads, num_classes=0, global_pool="avg", fc_norm=False,
+            img_size=config.size,
+            patch_size=config.patch,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=0,
+            global_pool="avg",
+            fc_norm=False,
         )
         for module in model.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
     model.pos_embed.data[0, 1:] = 0.5 * positions(config)
     model.pretrained_cfg = {  # where timm's tools look for the normalisation
-        "input_size": (3, config.size, config.size), "mean": (config.mean,) * 3, "std": (config.std,) * 3,
+        "input_size": (3, config.size, config.size),
+        "mean": (config.mean,) * 3,
+        "std": (config.std,) * 3,
     }
     return model.eval()
 
-# %% ../nbs/library/models.ipynb #6e322369
+# %% ../nbs/library/models.ipynb #83ef6742
 HEADER = "vitplast"  # the key of our text in a safetensors header
 EXTENSION = ".safetensors"
 
@@ -93,8 +108,8 @@ def read(path) -> tuple:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     if HEADER not in metadata:
         raise ValueError(
-            f"{path}: its header names no vitplast architecture; expected a file that vitplast wrote. "
-            f"Weights of a timm model load with vp.load('vit_base_patch16_224', checkpoint_path={str(path)!r})"
+            f"{path}: its header names no vitplast architecture; expected a file that vitplast wrote. Weights"
+            f" of a timm model load with vp.load('vit_base_patch16_224', checkpoint_path={str(path)!r})"
         )
     return json.loads(metadata[HEADER]), tensors
 
@@ -104,17 +119,22 @@ def load_local(path) -> VisionTransformer:
     header, tensors = read(path)
     known = {f.name for f in fields(ViTConfig)}
     if set(header) != known:
-        raise ValueError(f"{path}: its header holds {sorted(header)}, expected the architecture {sorted(known)}")
+        raise ValueError(
+            f"{path}: its header holds {sorted(header)}, expected the architecture {sorted(known)}"
+        )
     model = build(ViTConfig(**header))
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     found = {k: tuple(v.shape) for k, v in tensors.items()}
     if wrong := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
         k = wrong[0]
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit its architecture, first {k}: {found.get(k)}, expected {expected.get(k)}")
+        raise ValueError(
+            f"{path}: {len(wrong)} tensors do not fit its architecture, first {k}: {found.get(k)}, expected"
+            f" {expected.get(k)}"
+        )
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/library/models.ipynb #c96f6442
+# %% ../nbs/library/models.ipynb #0b793f72
 SHIPPED = Path(__file__).parent / "data" if "__file__" in globals() else Path("../../vitplast/data")
 
 
@@ -124,7 +144,8 @@ def shipped() -> list:
 
 
 def card(name="formula-vit") -> dict:
-    "How a shipped model was made and what it reaches: generator, seeds, steps, seconds, hardware, probe accuracy."
+    """How a shipped model was made and what it reaches: generator, seeds, steps, seconds, hardware, probe
+    accuracy."""
     path = SHIPPED / f"{name}.json"
     if not path.exists():
         raise ValueError(f"no card for {name!r}: expected one of {shipped()}")
@@ -134,15 +155,19 @@ def card(name="formula-vit") -> dict:
 def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 
-    name: a shipped model ("formula-vit"), a path to a safetensors file of this package, or a name that timm knows; for the last, `timm_kwargs` go to
+    name: a shipped model ("formula-vit"), a path to a safetensors file of this package, or a name that timm
+    knows; for the last, `timm_kwargs` go to
     timm.create_model (`pretrained=False` for random weights, `checkpoint_path=...` for a local file).
-    Raises ValueError for an unknown name (with the nearest known ones) and for a damaged or foreign file, FileNotFoundError for a missing file and for
+    Raises ValueError for an unknown name (with the nearest known ones) and for a damaged or foreign file,
+    FileNotFoundError for a missing file and for
     weights that cannot be fetched.
     """
     name = str(name)
     is_file = name.endswith(EXTENSION)
     if (is_file or name in shipped()) and timm_kwargs:
-        raise TypeError(f"{name}: takes no further arguments, got {sorted(timm_kwargs)}; they are for timm models")
+        raise TypeError(
+            f"{name}: takes no further arguments, got {sorted(timm_kwargs)}; they are for timm models"
+        )
     if is_file:
         if not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such file")
@@ -158,17 +183,20 @@ def load(name, **timm_kwargs) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **timm_kwargs).eval()
     except OSError as error:  # what the hub's client raises without a network
         raise FileNotFoundError(
-            f"weights of {name!r} could not be fetched ({type(error).__name__}). Where there is a network, run\n"
-            f"    python -c \"import timm; timm.create_model('{name}', pretrained=True)\"\n"
-            f"and copy its cache here, or pass checkpoint_path=..., or pretrained=False for random weights"
+            f"weights of {name!r} could not be fetched ({type(error).__name__}). Where there is a network,"
+            f" run\n    python -c \"import timm; timm.create_model('{name}', pretrained=True)\"\nand copy its"
+            " cache here, or pass checkpoint_path=..., or pretrained=False for random weights"
         ) from None
 
-# %% ../nbs/library/models.ipynb #b4bc43cc
+# %% ../nbs/library/models.ipynb #e8062c0c
 def prepare(model, images) -> torch.Tensor:
-    "Byte images (N, 3, H, W) as the floats that the model was pretrained on: scaled to [0, 1], then normalised by its own mean and std."
+    """Byte images (N, 3, H, W) as the floats that the model was pretrained on: scaled to [0, 1], then
+    normalised by its own mean and std."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}: expected torch.uint8, 0 to 255, not yet normalised")
     first = next(model.parameters())
     config = resolve_model_data_config(model)
-    mean, std = (torch.tensor(config[k], device=first.device, dtype=first.dtype).view(3, 1, 1) for k in ("mean", "std"))
+    mean, std = (
+        torch.tensor(config[k], device=first.device, dtype=first.dtype).view(3, 1, 1) for k in ("mean", "std")
+    )
     return (images.to(first.device, first.dtype) / 255 - mean) / std

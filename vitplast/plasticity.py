@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from .components import anatomy, evaluating, visit
 
-# %% ../nbs/theory/plasticity.ipynb #ee3e42db
+# %% ../nbs/theory/plasticity.ipynb #ce483131
 def pair_ratios(parts, x, y, inputs) -> torch.Tensor:
-    "Ratios ||f(x_i) - f(y_i)||_F / ||x_i - y_i||_F of one batch of pairs (N, C, H, W): (N, components), NaN where the inputs coincide."
+    """Ratios ||f(x_i) - f(y_i)||_F / ||x_i - y_i||_F of one batch of pairs (N, C, H, W): (N, components),
+    NaN where the inputs coincide."""
     found = torch.empty(len(x), len(parts.components), dtype=x.dtype, device=x.device)
 
     def distance(tokens):  # (2 N, n, d) -> (N,)
@@ -34,7 +35,7 @@ def pair_ratios(parts, x, y, inputs) -> torch.Tensor:
     visit(parts, torch.cat([x, y]), inputs, see)
     return found
 
-# %% ../nbs/theory/plasticity.ipynb #d58fdf54
+# %% ../nbs/theory/plasticity.ipynb #7dcd6c0c
 def fingerprints(images) -> torch.Tensor:
     "One float64 per image (N,), equal for equal images and otherwise different with near certainty."
     g = torch.Generator().manual_seed(0)
@@ -43,7 +44,8 @@ def fingerprints(images) -> torch.Tensor:
 
 
 def pair_groups(first, second) -> np.ndarray:
-    "Label (N,) of each pair so that pairs with different labels share no image; the arguments are the fingerprints (N,) of the pairs' images."
+    """Label (N,) of each pair so that pairs with different labels share no image; the arguments are the
+    fingerprints (N,) of the pairs' images."""
     prints = np.concatenate([first, second])
     rounded = np.round(prints / np.abs(prints).max().clip(1e-300), 11)  # the last bits depend on the batch
     nodes = np.unique(rounded, return_inverse=True)[1]
@@ -53,7 +55,8 @@ def pair_groups(first, second) -> np.ndarray:
 
 
 def bootstrap_interval(ratios, groups, confidence=0.95, resamples=1000, seed=0) -> np.ndarray:
-    "Percentile interval (2, components) of the mean of ratios (N, components), NaN left out, resampling whole groups; NaN with a single group."
+    """Percentile interval (2, components) of the mean of ratios (N, components), NaN left out, resampling
+    whole groups; NaN with a single group."""
     n_groups = groups.max() + 1
     if n_groups < 2:
         return np.full((2, ratios.shape[1]), np.nan)
@@ -66,14 +69,17 @@ def bootstrap_interval(ratios, groups, confidence=0.95, resamples=1000, seed=0) 
         with np.errstate(invalid="ignore"):
             means.append((weight @ total) / (weight @ count))
     tail = (1 - confidence) / 2
-    return pd.DataFrame(means).quantile([tail, 1 - tail]).to_numpy()  # leaves out resamples without a single ratio
+    return (
+        pd.DataFrame(means).quantile([tail, 1 - tail]).to_numpy()
+    )  # leaves out resamples without a single ratio
 
-# %% ../nbs/theory/plasticity.ipynb #3900f88a
+# %% ../nbs/theory/plasticity.ipynb #65c0436f
 PAIRS = ("paired",)
 
 
 def stream(source, size):
-    "Batches of `size` images (the last may be smaller) from a tensor (N, C, H, W) or an iterable of batches; labels beside the images are left out."
+    """Batches of `size` images (the last may be smaller) from a tensor (N, C, H, W) or an iterable of
+    batches; labels beside the images are left out."""
     held = None
     for batch in [source] if isinstance(source, torch.Tensor) else source:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -88,7 +94,9 @@ def stream(source, size):
 def image_batches(parts, source, size, like, what):
     "Checked batches of a source on the device of the tensor `like`; TypeError for another precision."
     if like.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"the model is in {like.dtype}: expected float32 or float64, half precision moves the ratios")
+        raise TypeError(
+            f"the model is in {like.dtype}: expected float32 or float64, half precision moves the ratios"
+        )
     for images in stream(source, size):
         parts.check(images, what)
         if images.dtype != like.dtype:
@@ -96,14 +104,19 @@ def image_batches(parts, source, size, like, what):
         yield images.to(like.device)
 
 
-def plasticity(model, x, y, inputs="embedding", pairs="paired", batch_size=64, confidence=0.95, progress=False) -> pd.DataFrame:
+def plasticity(
+    model, x, y, inputs="embedding", pairs="paired", batch_size=64, confidence=0.95, progress=False
+) -> pd.DataFrame:
     """Plasticity of every component over pairs of images, the i-th of x against the i-th of y.
 
     x, y: normalised images (N, C, H, W), or iterables of batches of them; iterables end with the shorter one.
-    inputs: "embedding" (every component gets the first block's input, as in the paper) or "native" (what it receives in the forward pass).
-    Returns a frame: block, depth, component, inputs, plasticity, ci_low, ci_high, max_ratio, n_pairs, zero_pairs (pairs that coincide at the component's
+    inputs: "embedding" (every component gets the first block's input, as in the paper) or "native" (what it
+    receives in the forward pass).
+    Returns a frame: block, depth, component, inputs, plasticity, ci_low, ci_high, max_ratio, n_pairs,
+    zero_pairs (pairs that coincide at the component's
     input and have no ratio). Intervals resample images.
-    Raises ValueError or TypeError for images that do not fit the model, fewer than two pairs, tensors of different length.
+    Raises ValueError or TypeError for images that do not fit the model, fewer than two pairs, tensors of
+    different length.
     Source: Odonnat et al. 2026.
     """
     if pairs not in PAIRS:
@@ -112,7 +125,9 @@ def plasticity(model, x, y, inputs="embedding", pairs="paired", batch_size=64, c
         raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
     both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
     if both and len(x) != len(y):
-        raise ValueError(f"x has {len(x)} images and y has {len(y)}: expected the same number, they are paired in order")
+        raise ValueError(
+            f"x has {len(x)} images and y has {len(y)}: expected the same number, they are paired in order"
+        )
     parts, like = anatomy(model), next(model.parameters())
     ratios, prints = [], []
     with evaluating(model):
@@ -133,12 +148,23 @@ def summarise(components, ratios, groups, inputs, confidence) -> pd.DataFrame:
     zero = np.isnan(ratios).sum(0)
     if zero.any():
         worst = components[int(zero.argmax())]
-        warnings.warn(f"{zero.max()} of {len(ratios)} pairs coincide at the input of {worst}; they have no ratio and are left out (column zero_pairs)")
+        warnings.warn(
+            f"{zero.max()} of {len(ratios)} pairs coincide at the input of {worst}; they have no ratio and"
+            " are left out (column zero_pairs)"
+        )
     if groups.max() == 0:
         warnings.warn("every pair is linked to every other by shared images: no interval can be given")
     low, high = bootstrap_interval(ratios, groups, confidence)
     table = pd.DataFrame(ratios)  # its mean and max leave out NaN
     return pd.DataFrame({
-        "block": [c.block for c in components], "depth": [c.depth for c in components], "component": [c.kind for c in components],
-        "inputs": inputs, "plasticity": table.mean(), "ci_low": low, "ci_high": high, "max_ratio": table.max(), "n_pairs": len(ratios) - zero, "zero_pairs": zero,
+        "block": [c.block for c in components],
+        "depth": [c.depth for c in components],
+        "component": [c.kind for c in components],
+        "inputs": inputs,
+        "plasticity": table.mean(),
+        "ci_low": low,
+        "ci_high": high,
+        "max_ratio": table.max(),
+        "n_pairs": len(ratios) - zero,
+        "zero_pairs": zero,
     })  # fmt: skip

@@ -26,10 +26,11 @@ from .models import HEADER, ViTConfig, build, read, save
 from .store import replacing
 from .tasks import task
 
-# %% ../nbs/library/pretrain.ipynb #ea2e0eda
+# %% ../nbs/library/pretrain.ipynb #0f532b95
 @dataclass(frozen=True)
 class PretrainConfig:
     "One pretraining: what is trained, on which formula classes, how."
+
     vit: ViTConfig = field(default_factory=ViTConfig)
     formula: FormulaConfig = field(default_factory=FormulaConfig)
     images: int = 300_000  # how many are drawn, each seen once
@@ -45,7 +46,10 @@ class PretrainConfig:
 
     def __post_init__(self):
         if self.vit.size != self.formula.size:
-            raise ValueError(f"the network takes images of side {self.vit.size}, the generator draws {self.formula.size}: expected the same")
+            raise ValueError(
+                f"the network takes images of side {self.vit.size}, the generator draws {self.formula.size}:"
+                " expected the same"
+            )
         if self.images < self.batch or self.batch < 1:
             raise ValueError(f"images={self.images}, batch={self.batch}: expected at least one batch")
 
@@ -67,9 +71,10 @@ def learning_rate(step, config) -> float:
         return config.lr * (step + 1) / warm
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
 
-# %% ../nbs/library/pretrain.ipynb #c41bb4c1
+# %% ../nbs/library/pretrain.ipynb #fdb3b11f
 class Heads(nn.Module):
     "Linear readouts of the pretraining tasks: shape from the mean token, texture and mask from each token."
+
     def __init__(self, config: PretrainConfig):
         super().__init__()
         width = config.vit.width
@@ -100,9 +105,10 @@ def losses(model, heads, batch, config) -> dict:
         "texture_accuracy": (texture.argmax(-1) == label)[label >= 0].float().mean(),
     }
 
-# %% ../nbs/library/pretrain.ipynb #d2646f00
+# %% ../nbs/library/pretrain.ipynb #ae47c88c
 class Pretraining:
     "A pretraining under way: its state can be saved at any step and taken up again."
+
     def __init__(self, config: PretrainConfig, device="cpu"):
         self.config, self.device, self.step, self.seconds, self.log = config, torch.device(device), 0, 0.0, []
         self.model = build(config.vit, config.seed).to(device).train()
@@ -113,7 +119,10 @@ class Pretraining:
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.parameters = dict([*self.model.named_parameters("model"), *self.heads.named_parameters("heads")])
         groups = [
-            {"params": [p for p in self.parameters.values() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {
+                "params": [p for p in self.parameters.values() if p.ndim > 1],
+                "weight_decay": config.weight_decay,
+            },
             {"params": [p for p in self.parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
@@ -134,39 +143,57 @@ class Pretraining:
 
     def save(self, path):
         "Write the whole state to one file, replacing it in one step."
-        tensors = {k: p.detach() for k, p in self.parameters.items()} | {"generator": self.generator.get_state()}
+        tensors = {k: p.detach() for k, p in self.parameters.items()} | {
+            "generator": self.generator.get_state()
+        }
         for k, p in self.parameters.items():
             tensors |= {f"optimizer.{name}.{k}": v for name, v in self.optimizer.state[p].items()}
         header = {"config": asdict(self.config), "step": self.step, "seconds": self.seconds, "log": self.log}
         with replacing(path) as file:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, file, metadata={HEADER: json.dumps(header)})
+            save_file(
+                {k: v.cpu().contiguous() for k, v in tensors.items()},
+                file,
+                metadata={HEADER: json.dumps(header)},
+            )
 
     def restore(self, path):
         "Take up the state in a file; ValueError if it belongs to another configuration."
         header, tensors = read(path)
         if header.get("config") != asdict(self.config):
-            raise ValueError(f"{path}: the state of another pretraining ({header.get('config')}); expected {asdict(self.config)}. Choose another folder")
+            raise ValueError(
+                f"{path}: the state of another pretraining ({header.get('config')}); expected"
+                f" {asdict(self.config)}. Choose another folder"
+            )
         with torch.no_grad():
             for k, p in self.parameters.items():
                 p.copy_(tensors[k])
                 names = ("step", "exp_avg", "exp_avg_sq")
-                self.optimizer.state[p] = {n: tensors[f"optimizer.{n}.{k}"].to("cpu" if n == "step" else self.device) for n in names}
+                self.optimizer.state[p] = {
+                    n: tensors[f"optimizer.{n}.{k}"].to("cpu" if n == "step" else self.device) for n in names
+                }
         self.generator.set_state(tensors["generator"])
         self.step, self.seconds, self.log = header["step"], header["seconds"], header["log"]
 
-# %% ../nbs/library/pretrain.ipynb #10134806
+# %% ../nbs/library/pretrain.ipynb #73cfb419
 LOG_EVERY = 200  # steps between two rows of the log
 SAVE_EVERY = 60  # seconds between two states
 
 
 def train(config: PretrainConfig, state, device="cpu", progress=True) -> Pretraining:
-    "Pretrain to the end, from the state in the file `state` if there is one; the state is saved every minute and when stopped."
+    """Pretrain to the end, from the state in the file `state` if there is one; the state is saved every
+    minute and when stopped."""
     run, state = Pretraining(config, device), Path(state)
     if state.exists():
         run.restore(state)
     started = saved = time.monotonic()
     before, recent = run.seconds, []
-    bar = tqdm(total=config.steps * config.batch, initial=run.step * config.batch, unit="img", unit_scale=True, disable=not progress)
+    bar = tqdm(
+        total=config.steps * config.batch,
+        initial=run.step * config.batch,
+        unit="img",
+        unit_scale=True,
+        disable=not progress,
+    )
     try:
         while run.step < config.steps:
             recent.append(run.update())
@@ -174,8 +201,18 @@ def train(config: PretrainConfig, state, device="cpu", progress=True) -> Pretrai
             bar.update(config.batch)
             if run.step % LOG_EVERY == 0 or run.step == config.steps:
                 means = {k: torch.stack([r[k] for r in recent]).nanmean().item() for k in recent[0]}
-                run.log.append({"images": run.step * config.batch, "seconds": round(run.seconds, 1), **{k: round(v, 4) for k, v in means.items()}})
-                bar.set_postfix(shape=f"{means['shape_accuracy']:.1%}", texture=f"{means['texture_accuracy']:.1%}", mask=f"{means['mask']:.3f}")
+                run.log.append(
+                    {
+                        "images": run.step * config.batch,
+                        "seconds": round(run.seconds, 1),
+                        **{k: round(v, 4) for k, v in means.items()},
+                    }
+                )
+                bar.set_postfix(
+                    shape=f"{means['shape_accuracy']:.1%}",
+                    texture=f"{means['texture_accuracy']:.1%}",
+                    mask=f"{means['mask']:.3f}",
+                )
                 recent = []
             if time.monotonic() - saved > SAVE_EVERY:
                 run.save(state)
@@ -186,24 +223,41 @@ def train(config: PretrainConfig, state, device="cpu", progress=True) -> Pretrai
         bar.close()
     return run
 
-# %% ../nbs/library/pretrain.ipynb #5043e3f4
+# %% ../nbs/library/pretrain.ipynb #ba80abf6
 def hardware(device) -> str:
     "The processor or GPU that a device names, and the number of threads of a CPU."
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
+    return (
+        f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()}"
+        " threads"
+    )
 
 
 def finish(run: Pretraining, path) -> dict:
     "Write the weights to `path` and the card beside it; returns the card."
     path, model = Path(path), run.model.cpu().eval()
     digits = task("digits")
-    probes = {"task": "digits", "pretrained": linear_probe(model, digits), "untrained": linear_probe(build(run.config.vit, run.config.seed), digits)}
+    probes = {
+        "task": "digits",
+        "pretrained": linear_probe(model, digits),
+        "untrained": linear_probe(build(run.config.vit, run.config.seed), digits),
+    }
     card = {
-        "what": "a small Vision Transformer pretrained on images drawn by formulas (vitplast.images)", "pretraining": asdict(run.config), "steps": run.step,
-        "seconds": round(run.seconds, 1), "hardware": hardware(run.device), "linear_probe": probes, "torch": torch.__version__, "log": run.log[:: max(1, len(run.log) // 60)],
+        "what": "a small Vision Transformer pretrained on images drawn by formulas (vitplast.images)",
+        "pretraining": asdict(run.config), "steps": run.step, "seconds": round(run.seconds, 1),
+        "hardware": hardware(run.device), "torch": torch.__version__, "linear_probe": probes,
+        "log": run.log[:: max(1, len(run.log) // 60)],
     }  # fmt: skip
     save(model, run.config.vit, path)
     with replacing(path.with_suffix(".json")) as file:

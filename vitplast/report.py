@@ -6,7 +6,7 @@
 __all__ = ['CSS', 'FOOTNOTE', 'spread', 'large', 'display_frame', 'text_table', 'chain', 'findings', 'difference_noise',
            'figure_html', 'table_html', 'figures', 'report_html']
 
-# %% ../nbs/library/report.ipynb #32c3d4e5
+# %% ../nbs/library/report.ipynb #206634e7
 import html
 import json
 import math
@@ -14,11 +14,20 @@ import math
 import pandas as pd
 
 from .components import KINDS
-from .figures import COLOURS, THEORY_ORDER, against_accuracy, as_png, as_svg, contact_sheet, depth_lines, training_curves
+from vitplast.figures import (
+    COLOURS,
+    THEORY_ORDER,
+    against_accuracy,
+    as_png,
+    as_svg,
+    contact_sheet,
+    depth_lines,
+    training_curves,
+)
 from .study import Study, rank_agreement, summary
 from .tasks import pretraining_images, task
 
-# %% ../nbs/library/report.ipynb #ba39ecee
+# %% ../nbs/library/report.ipynb #897a8beb
 def spread(accuracies) -> str:
     "Mean and sample standard deviation in percent: '71.2 ± 0.4', the mean alone for one value."
     series = pd.Series(accuracies) * 100
@@ -39,6 +48,8 @@ def display_frame(s: Study) -> pd.DataFrame:
     unproven = is_part & (t.proven == False)  # noqa: E712, an object column with missing values
     return pd.DataFrame({
         "component": t.component,
+        "test accuracy": [spread(a) for a in t.test_accuracies],
+        "over head": [f"{100 * (a - base):+.1f}" if not math.isnan(base) else "" for a in t.test_accuracy],
         "plasticity": [f"{m:.2f} ({a:.2f}-{b:.2f})" if ok else "" for m, a, b, ok in zip(t.plasticity, t.low_block, t.high_block, is_part)],
         "embedding": [f"{v:.2f}" if ok else "" for v, ok in zip(t.embedding, is_part)],
         "bound": [large(v) + "*" * bool(u) for v, u in zip(t.bound, unproven)],
@@ -46,8 +57,6 @@ def display_frame(s: Study) -> pd.DataFrame:
         "gradient": ["" if math.isnan(v) else f"{v:.2f}" for v in t.grad_norm],
         "parameters": [f"{n:,}" for n in t.n_trained],
         "rate": [f"{v:g}" for v in t.lr],
-        "test accuracy": [spread(a) for a in t.test_accuracies],
-        "over head": [f"{100 * (a - base):+.1f}" if not math.isnan(base) else "" for a in t.test_accuracy],
     })  # fmt: skip
 
 
@@ -55,9 +64,12 @@ def text_table(frame) -> str:
     "A frame of strings as aligned columns: the first to the left, the others to the right."
     widths = [max(len(c), *map(len, frame[c])) for c in frame]
     rows = [list(frame), ["-" * w for w in widths], *frame.values.tolist()]
-    return "\n".join("  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join(
+        "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
 
-# %% ../nbs/library/report.ipynb #49ef4d1e
+# %% ../nbs/library/report.ipynb #27e1e07b
 def chain(names) -> str:
     "Names joined as an order."
     return " > ".join(names)
@@ -75,14 +87,26 @@ def findings(s: Study) -> list:
     lines = [
         f"Plasticity, what each component receives: {chain(plastic)}.",
         f"Plasticity, embedding inputs (the paper's protocol): {chain(embedding)}.",
-        f"Test accuracy of each component trained alone: {chain(parts.component)}. The paper's theoretical order: MHA > FC1 ~ FC2 > LN2 ~ LN1.",
-        f"Rank correlation of plasticity (what each receives) and accuracy over the five components: {rho:+.2f} (p = {p:.2f}; five points cannot say more).",
-        f"{best.component} is best alone, {100 * gap:.1f} points before {parts.component.iloc[1]}; the standard error of a difference between two accuracies on these test images is about "
-        f"{100 * noise:.1f} points, so the two {'cannot' if gap < 2 * noise else 'can'} be told apart.",
+        (
+            f"Test accuracy of each component trained alone: {chain(parts.component)}. The paper's"
+            " theoretical order: MHA > FC1 ~ FC2 > LN2 ~ LN1."
+        ),
+        (
+            "Rank correlation of plasticity (what each receives) and accuracy over the five components:"
+            f" {rho:+.2f} (p = {p:.2f}; five points cannot say more)."
+        ),
+        (
+            f"{best.component} is best alone, {100 * gap:.1f} points before {parts.component.iloc[1]}; the"
+            " standard error of a difference between two accuracies on these test images is about"
+            f" {100 * noise:.1f} points, so the two {'cannot' if gap < 2 * noise else 'can'} be told apart."
+        ),
     ]
     everything = t[t.component == "all"]
     if len(everything):
-        lines.append(f"Training everything gives {100 * everything.test_accuracy.iloc[0]:.1f}%, the best single component {100 * best.test_accuracy:.1f}%, a linear probe {100 * f['linear_probe']:.1f}%.")
+        lines.append(
+            f"Training everything gives {100 * everything.test_accuracy.iloc[0]:.1f}%, the best single"
+            f" component {100 * best.test_accuracy:.1f}%, a linear probe {100 * f['linear_probe']:.1f}%."
+        )
     return lines
 
 
@@ -91,16 +115,16 @@ def difference_noise(s: Study) -> float:
     a = s.runs.test_accuracy.mean()
     return math.sqrt(2 * a * (1 - a) / s.facts["test"])
 
-# %% ../nbs/library/report.ipynb #e5fa7af2
+# %% ../nbs/library/report.ipynb #b3a5f6ee
 CSS = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --soft: #6b6b70; --line: #d8d8dc; --ground: #fff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ececf0; --soft: #a0a0a8; --line: #3c3c44; --ground: #18181b; } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; white-space: nowrap; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); } th:first-child, td:first-child { text-align: left; }
+th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid var(--line); } th:first-child, td:first-child { text-align: left; }
 td i { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
-figure { margin: 1.2rem 0; } figure svg, figure img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+figure { margin: 1.2rem 0; } figure svg, figure img { width: 100%; max-width: 52rem; display: block; height: auto; background: #fff; border-radius: 4px; }
 figcaption, .soft { color: var(--soft); font-size: .88rem; } code { font-size: .9em; }
 """
 
@@ -108,7 +132,11 @@ figcaption, .soft { color: var(--soft); font-size: .88rem; } code { font-size: .
 def figure_html(content, caption) -> str:
     "A figure element with a caption that also serves as its alternative text."
     safe = html.escape(caption, quote=True)
-    content = content.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1) if content.startswith("<svg") else f'<img src="{content}" alt="{safe}">'
+    content = (
+        content.replace("<svg", f'<svg role="img" aria-label="{safe}"', 1)
+        if content.startswith("<svg")
+        else f'<img src="{content}" alt="{safe}">'
+    )
     return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
@@ -117,15 +145,20 @@ def table_html(frame) -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in frame)
     body = ""
     for row in frame.values.tolist():
-        cells = [f'<i style="background:{COLOURS.get(row[0], "#999")}"></i>{html.escape(row[0])}', *map(html.escape, row[1:])]
+        cells = [
+            f'<i style="background:{COLOURS.get(row[0], "#999")}"></i>{html.escape(row[0])}',
+            *map(html.escape, row[1:]),
+        ]
         body += "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/library/report.ipynb #d2347a3b
+# %% ../nbs/library/report.ipynb #39c5c654
 FOOTNOTE = (
-    "plasticity: mean over blocks of ||f(x) - f(y)|| / ||x - y|| on what each component receives, with the lowest and the highest block; embedding: the same with the first block's input everywhere. "
-    "bound: published upper bound, mean over blocks; * its assumption of no query bias does not hold here, so it is a formula and not a proven bound. bound / max: over the largest ratio seen, median over blocks. "
-    "gradient: mean norm before clipping. over head: points above training the head alone."
+    "plasticity: mean over blocks of ||f(x) - f(y)|| / ||x - y|| on what each component receives, with the"
+    " lowest and the highest block; embedding: the same with the first block's input everywhere. bound:"
+    " published upper bound, mean over blocks; * its assumption of no query bias does not hold here, so it is"
+    " a formula and not a proven bound. bound / max: over the largest ratio seen, median over blocks."
+    " gradient: mean norm before clipping. over head: points above training the head alone."
 )
 
 
@@ -133,10 +166,21 @@ def figures(s: Study) -> list:
     "Pairs (SVG text, caption) of the study's figures."
     curves = {name: h for name, h in s.curves.groupby("component")}
     return [
-        (as_svg(depth_lines(s.plasticity)), "Plasticity of each component over depth, in both input protocols, with 95% intervals that resample images."),
-        (as_svg(against_accuracy(summary(s))), "Test accuracy of each component trained alone against its plasticity (what it receives); dashes are seeds. Lines: training everything, and the head alone."),
-        (as_svg(training_curves(curves)), "Gradient norm before clipping, training loss and validation accuracy over steps, at each component's chosen learning rate, first seed."),
-    ]  # fmt: skip
+        (
+            as_svg(depth_lines(s.plasticity)),
+            "Plasticity of each component over depth, in both input protocols, with 95% intervals that resample images.",
+        ),
+        (
+            as_svg(against_accuracy(summary(s))),
+            "Test accuracy of each component trained alone against its plasticity (what it receives); dashes are"
+            " seeds. Lines: training everything, and the head alone.",
+        ),
+        (
+            as_svg(training_curves(curves)),
+            "Gradient norm before clipping, training loss and validation accuracy over steps, at each component's"
+            " chosen learning rate, first seed.",
+        ),
+    ]
 
 
 def report_html(s: Study) -> str:
@@ -144,10 +188,19 @@ def report_html(s: Study) -> str:
     f, made = s.facts, task(s.facts["task"])
     listed = "".join(f"<li>{html.escape(line)}</li>" for line in findings(s))
     old, new = pretraining_images(32), made.train.images[:32]
-    pictures = figure_html(as_png(contact_sheet(old / 255, 16)), "Old data: formula images of the kind that the model was pretrained on.")
-    pictures += figure_html(as_png(contact_sheet(new / 255, 16)), f"New data: training images of the task {f['task']}.")
+    pictures = figure_html(
+        as_png(contact_sheet(old / 255, 16)),
+        "Old data: formula images of the kind that the model was pretrained on.",
+    )
+    pictures += figure_html(
+        as_png(contact_sheet(new / 255, 16)), f"New data: training images of the task {f['task']}."
+    )
     plots = "".join(figure_html(*figure) for figure in figures(s))
-    grid = f"{f['pairs']} pairs of images; {len(s.runs)} runs of {f['steps']} steps: learning rates {f['lrs']}, seeds {f['seeds']}; {f['train']} training, {f['validation']} validation and {f['test']} test images"
+    grid = (
+        f"{f['pairs']} pairs of images; {len(s.runs)} runs of {f['steps']} steps: learning rates {f['lrs']},"
+        f" seeds {f['seeds']}; {f['train']} training, {f['validation']} validation and {f['test']} test"
+        " images"
+    )
     versions = ", ".join(f"{k} {v}" for k, v in f["versions"].items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

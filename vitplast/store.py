@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-# %% ../nbs/library/store.ipynb #b78cc228
+# %% ../nbs/library/store.ipynb #7ca36c5d
 @contextmanager
 def replacing(path):
-    "Gives a temporary path beside `path`; on leaving without an error it replaces `path` in one step, else it is removed."
+    """Gives a temporary path beside `path`; on leaving without an error it replaces `path` in one step,
+    else it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -34,9 +35,10 @@ def replacing(path):
         Path(temporary).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/library/store.ipynb #d3aa311f
+# %% ../nbs/library/store.ipynb #1393313a
 def canonical(config) -> str:
-    "The one JSON text of a dataclass or dictionary: keys sorted, no spaces, floats by their shortest exact form."
+    """The one JSON text of a dataclass or dictionary: keys sorted, no spaces, floats by their shortest
+    exact form."""
     fields = config if isinstance(config, dict) else asdict(config)
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -45,7 +47,7 @@ def key(config) -> str:
     "Sixteen hexadecimal digits that name a configuration."
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
 
-# %% ../nbs/library/store.ipynb #b209d0ea
+# %% ../nbs/library/store.ipynb #0d6d48aa
 def finite(value):
     "The same nested lists and dictionaries with every number that JSON cannot hold replaced by None."
     if isinstance(value, dict):
@@ -57,12 +59,15 @@ def finite(value):
 
 class Store:
     "A folder of records; reading and writing are safe while other processes do the same."
+
     def __init__(self, folder):
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"{self.folder}: expected a folder for the store, found a file on the way") from None
+            raise ValueError(
+                f"{self.folder}: expected a folder for the store, found a file on the way"
+            ) from None
 
     def path(self, config) -> Path:
         "Where the record of a configuration lies."
@@ -86,7 +91,9 @@ class Store:
         except (ValueError, KeyError, TypeError) as error:
             aside = path.with_suffix(".damaged")
             os.replace(path, aside)
-            warnings.warn(f"{path}: damaged record ({error}), set aside as {aside.name}; it will be computed again")
+            warnings.warn(
+                f"{path}: damaged record ({error}), set aside as {aside.name}; it will be computed again"
+            )
             return None
         return stored["record"]
 

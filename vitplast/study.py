@@ -35,10 +35,11 @@ from .plasticity import plasticity
 from .store import Store, replacing
 from .tasks import pretraining_images, task
 
-# %% ../nbs/library/study.ipynb #a6de2dd4
+# %% ../nbs/library/study.ipynb #942712e7
 @dataclass(frozen=True)
 class StudyConfig:
     "A model, a task, and the grid of runs: every selection at every learning rate with every seed."
+
     model: str = "formula-vit"
     task: str = "digits"
     selections: tuple = CHOICES
@@ -54,7 +55,7 @@ class StudyConfig:
             for seed in self.seeds for s in self.selections for lr in self.lrs
         ]  # fmt: skip
 
-# %% ../nbs/library/study.ipynb #31b66820
+# %% ../nbs/library/study.ipynb #55aaf54f
 def digest(tensors) -> str:
     "Twelve hexadecimal digits of the contents of tensors, in order."
     sha = hashlib.sha256()
@@ -87,12 +88,20 @@ def start_worker():
 def run_grid(config: StudyConfig, store: Store, progress=True) -> list:
     "Records of all runs of the grid, in its order; those in the store are not computed again."
     *_, weights, images = materials(config.model, config.task)
-    grid = [(s, c, {"weights": weights, "images": images, "components": s, **asdict(c)}) for s, c in config.runs()]
+    grid = [
+        (s, c, {"weights": weights, "images": images, "components": s, **asdict(c)}) for s, c in config.runs()
+    ]
     found = {i: record for i, (_, _, key) in enumerate(grid) if (record := store.get(key))}
     workers = 1 if torch.cuda.is_available() else max(1, min(os.cpu_count() or 1, len(grid) - len(found)))
-    with tqdm(total=len(grid), initial=len(found), desc="finetuning", unit="run", disable=not progress) as bar:
+    with tqdm(
+        total=len(grid), initial=len(found), desc="finetuning", unit="run", disable=not progress
+    ) as bar:
         with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
-            jobs = {pool.submit(run_one, config.model, config.task, s, c): i for i, (s, c, _) in enumerate(grid) if i not in found}
+            jobs = {
+                pool.submit(run_one, config.model, config.task, s, c): i
+                for i, (s, c, _) in enumerate(grid)
+                if i not in found
+            }
             try:
                 for job in as_completed(jobs):
                     i = jobs[job]
@@ -104,13 +113,14 @@ def run_grid(config: StudyConfig, store: Store, progress=True) -> list:
                 raise
     return [found[i] for i in range(len(grid))]
 
-# %% ../nbs/library/study.ipynb #225d5693
+# %% ../nbs/library/study.ipynb #7a972bc6
 FRAMES = ("plasticity", "bounds", "runs", "curves")
 
 
 @dataclass(eq=False)
 class Study:
     "What was measured, as tidy frames, and where it comes from."
+
     plasticity: pd.DataFrame  # rows: inputs x block x component
     bounds: pd.DataFrame  # rows: inputs x block x component, on the same images
     runs: pd.DataFrame  # rows: finetuning runs
@@ -158,14 +168,19 @@ def chosen_curves(records, runs, every=10) -> pd.DataFrame:
         name, c = r["components"], r["config"]
         if c["lr"] == rate[name] and c["seed"] == first:
             h = pd.DataFrame(r["history"]).astype(float)
-            means = h.groupby((h.step - 1) // every).agg({"step": "max", "loss": "mean", "grad_norm": "mean", "validation_accuracy": "max"})
+            means = h.groupby((h.step - 1) // every).agg(
+                {"step": "max", "loss": "mean", "grad_norm": "mean", "validation_accuracy": "max"}
+            )
             frames.append(means.assign(component=name, lr=c["lr"], seed=c["seed"]).reset_index(drop=True))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/library/study.ipynb #c118b5c1
+# %% ../nbs/library/study.ipynb #b3bf2404
 def study(config: StudyConfig, out, progress=True) -> Study:
-    "Measure, bound and finetune; runs are kept in out/runs and the frames in `out`. The same configuration gives the same numbers."
-    out, store = Path(out), Store(Path(out) / "runs")  # first, so that a folder that cannot be written is known before anything is computed
+    """Measure, bound and finetune; runs are kept in out/runs and the frames in `out`. The same
+    configuration gives the same numbers."""
+    out, store = Path(out), Store(
+        Path(out) / "runs"
+    )  # first, so that a folder that cannot be written is known before anything is computed
     model, made, *_ = materials(config.model, config.task)
     n = min(config.pairs, len(made.train))
     old = prepare(model, pretraining_images(n))
@@ -178,36 +193,55 @@ def study(config: StudyConfig, out, progress=True) -> Study:
     records = run_grid(config, store, progress)
     runs = run_frame(records)
     facts = {
-        "model": config.model, "task": config.task, "pairs": n, "steps": config.steps, "lrs": list(config.lrs), "seeds": list(config.seeds),
-        "classes": made.n_classes, "train": len(made.train), "validation": len(made.validation), "test": len(made.test), "linear_probe": probe,
-        "versions": {"vitplast": vitplast.__version__, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
+        "model": config.model, "task": config.task, "pairs": n, "linear_probe": probe,
+        "steps": config.steps, "lrs": list(config.lrs), "seeds": list(config.seeds), "classes": made.n_classes,
+        "train": len(made.train), "validation": len(made.validation), "test": len(made.test),
+        "versions": {
+            "vitplast": vitplast.__version__, "torch": torch.__version__, "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
     }  # fmt: skip
     result = Study(pd.concat(plastic), pd.concat(bound), runs, chosen_curves(records, runs), facts)
     result.save(out)
     return result
 
-# %% ../nbs/library/study.ipynb #f836fdf6
+# %% ../nbs/library/study.ipynb #439c7ea6
 def summary(s: Study) -> pd.DataFrame:
-    "One row per selection, best mean test accuracy first: plasticity (mean, lowest and highest block), bound, gradient norm, accuracies."
+    """One row per selection, best mean test accuracy first: plasticity (mean, lowest and highest block),
+    bound, gradient norm, accuracies."""
     means = s.plasticity.groupby(["component", "inputs"]).plasticity.agg(["mean", "min", "max"]).unstack()
     both = s.plasticity.merge(s.bounds, on=["inputs", "block", "component"])
     native = both[both.inputs == "native"].groupby("component")
     rate, rows = best_rates(s.runs), []
     for name in s.runs.component.unique():
         mine = s.runs[(s.runs.component == name) & (s.runs.lr == rate[name])]
-        row = {"component": name, "lr": rate[name], "grad_norm": mine.grad_norm.mean(), "validation_accuracy": mine.validation_accuracy.mean(),
-               "test_accuracy": mine.test_accuracy.mean(), "test_accuracies": mine.test_accuracy.tolist(), "n_trained": int(mine.n_trained.iloc[0])}  # fmt: skip
+        row = {
+            "component": name,
+            "lr": rate[name],
+            "grad_norm": mine.grad_norm.mean(),
+            "validation_accuracy": mine.validation_accuracy.mean(),
+            "test_accuracy": mine.test_accuracy.mean(),
+            "test_accuracies": mine.test_accuracy.tolist(),
+            "n_trained": int(mine.n_trained.iloc[0]),
+        }
         if name in KINDS:
-            part = native.get_group(name)
-            row |= {"plasticity": means.loc[name, ("mean", "native")], "low_block": means.loc[name, ("min", "native")], "high_block": means.loc[name, ("max", "native")],
-                    "embedding": means.loc[name, ("mean", "embedding")], "bound": part.bound.mean(), "tightness": (part.bound / part.max_ratio).median(),
-                    "proven": bool(part.proven.all())}  # fmt: skip
+            part, p = native.get_group(name), means.loc[name]
+            row |= {
+                "plasticity": p["mean", "native"],
+                "low_block": p["min", "native"],
+                "high_block": p["max", "native"],
+                "embedding": p["mean", "embedding"],
+                "bound": part.bound.mean(),
+                "tightness": (part.bound / part.max_ratio).median(),
+                "proven": bool(part.proven.all()),
+            }
         rows.append(row)
     return pd.DataFrame(rows).sort_values("test_accuracy", ascending=False, ignore_index=True)
 
 
 def rank_agreement(table, value="plasticity") -> tuple:
-    "Spearman's rank correlation between a column and the test accuracy over the five components, and its two-sided p value."
+    """Spearman's rank correlation between a column and the test accuracy over the five components, and its
+    two-sided p value."""
     rows = table[table.component.isin(KINDS)]
     found = spearmanr(rows[value], rows.test_accuracy)
     return float(found.statistic), float(found.pvalue)

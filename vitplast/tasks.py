@@ -21,9 +21,10 @@ from sklearn.datasets import load_digits
 
 from .images import FormulaConfig, FormulaImages, random_affine
 
-# %% ../nbs/library/tasks.ipynb #eddfbdb6
+# %% ../nbs/library/tasks.ipynb #e023621e
 class Split(NamedTuple):
     "Images and their classes."
+
     images: torch.Tensor  # (N, 3, H, W), uint8
     labels: torch.Tensor  # (N,), int64
 
@@ -34,6 +35,7 @@ class Split(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Task:
     "A classification task in three splits that share no source image."
+
     name: str
     classes: tuple  # names, in the order of the labels
     train: Split
@@ -47,15 +49,22 @@ class Task:
 
     def __repr__(self):
         sizes = ", ".join(f"{len(getattr(self, s))} {s}" for s in ("train", "validation", "test"))
-        return f"Task({self.name!r}, {self.n_classes} classes, {sizes}, images {tuple(self.train.images.shape[1:])})"
+        return (
+            f"Task({self.name!r}, {self.n_classes} classes, {sizes}, images"
+            f" {tuple(self.train.images.shape[1:])})"
+        )
 
-# %% ../nbs/library/tasks.ipynb #8f887aaa
+# %% ../nbs/library/tasks.ipynb #b559c9e1
 def split_indices(labels, names, seed=0) -> tuple:
-    "Stratified index arrays (train 60%, validation 20%, test 20%); ValueError naming a class that is too small."
+    """Stratified index arrays (train 60%, validation 20%, test 20%); ValueError naming a class that is too
+    small."""
     labels = np.asarray(labels)
     for label, name in enumerate(names):
         if (n := int((labels == label).sum())) < 3:
-            raise ValueError(f"class {name!r} has {n} image{'s' * (n != 1)}: expected at least 3, one each for train, validation and test")
+            raise ValueError(
+                f"class {name!r} has {n} image{'s' * (n != 1)}: expected at least 3, one each for train,"
+                " validation and test"
+            )
     rng, parts = np.random.default_rng(seed), ([], [], [])
     for label in range(len(names)):
         rows = rng.permutation(np.flatnonzero(labels == label))
@@ -98,28 +107,39 @@ def digits() -> Task:
         splits[name] = Split(images, labels[rows])
     return Task("digits", tuple("0123456789"), **splits)
 
-# %% ../nbs/library/tasks.ipynb #885decf8
+# %% ../nbs/library/tasks.ipynb #3d00786a
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 def read_image(path, size) -> torch.Tensor:
-    "One image file as RGB bytes (3, size, size), the centre square resized; ValueError naming a file that cannot be read."
+    """One image file as RGB bytes (3, size, size), the centre square resized; ValueError naming a file that
+    cannot be read."""
     try:
         with Image.open(path) as image:
             square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+    ) as error:  # Pillow raises SyntaxError for some broken PNGs
         raise ValueError(f"{path}: not a readable image ({error})") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def folder(path, size=224) -> Task:
-    "The task in a folder of class folders; ValueError if it is empty, has a single class or a class with fewer than three images."
+    """The task in a folder of class folders; ValueError if it is empty, has a single class or a class with
+    fewer than three images."""
     path = Path(path)
     classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(classes) < 2:
-        raise ValueError(f"{path}: {len(classes)} class folders, expected at least 2, as in {path}/cat/1.jpg, {path}/dog/1.jpg")
+        raise ValueError(
+            f"{path}: {len(classes)} class folders, expected at least 2, as in {path}/cat/1.jpg,"
+            f" {path}/dog/1.jpg"
+        )
     if {"train", "test"} <= set(classes):
-        raise ValueError(f"{path}: holds train/ and test/, expected the class folders themselves; pass {path}/train")
+        raise ValueError(
+            f"{path}: holds train/ and test/, expected the class folders themselves; pass {path}/train"
+        )
     files = [sorted(f for f in (path / c).iterdir() if f.suffix.lower() in IMAGE_FILES) for c in classes]
     labels = np.repeat(np.arange(len(classes)), [len(f) for f in files])
     rows, files = split_indices(labels, classes), [f for group in files for f in group]

@@ -32,7 +32,14 @@ def caption_to_alt(app, doctree):
         image["alt"] = after[0].astext() if caption else "Figure; the text above says what it shows."
 
 
+def once(app, pagename, templatename, context, doctree):
+    "Load each script once: two extensions ask for MathJax."
+    files = {str(getattr(f, "filename", f)): f for f in reversed(context.get("script_files", []))}
+    context["script_files"] = list(reversed(files.values()))
+
+
 def setup(app):
+    app.connect("html-page-context", once, priority=900)
     app.connect("source-read", strip_directives)
     app.connect("doctree-read", caption_to_alt)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
