@@ -38,7 +38,11 @@ def test_errors_are_one_line(tmp_path):
     (tmp_path / "taken").write_text("a file")
     result = subprocess.run([*COMMAND, "demo", "--out", str(tmp_path / "taken")], capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" not in result.stderr and "vitplast:" in result.stderr.splitlines()[-1]
+    assert result.stderr.count("\n") == 1
     assert invoke("demo", "--seed", -1).exit_code == 2
+    for args, message in ((("--device", "gpu"), "device 'gpu': expected one of"), (("--out", tmp_path / "x"), "expected a name that ends in .safetensors")):
+        result = invoke("pretrain", "--images", 64, *args)
+        assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import noise, tiny_vit
 from timm.layers import SwiGLUPacked
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
 
 import vitplast as vp
 from vitplast.components import INPUTS, KINDS, anatomy, evaluating, visit
@@ -59,6 +59,14 @@ def test_weights_say_what_the_module_computes(options):
             assert torch.allclose(c(x[None])[0], expected, atol=1e-12), c
 
 
+def only_plain_names(block) -> bool:
+    "Whether the parameters of a block are those of five plain components and LayerScale, the MLP not gated."
+    names = {n.rpartition(".")[0] for n, _ in block.named_parameters()}
+    gated = block.mlp.fc2.in_features != block.mlp.fc1.out_features
+    differential = any("lambda" in n for n, _ in block.named_parameters())
+    return names <= {"norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "ls1", "ls2"} and not gated and not differential
+
+
 def test_every_timm_vit_is_covered_or_refused_with_a_reason():
     logging.disable(logging.WARNING)
     covered, refused = [], {}
@@ -66,11 +74,14 @@ def test_every_timm_vit_is_covered_or_refused_with_a_reason():
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             model = timm.create_model(name)
+        plain = type(model) is VisionTransformer and all(type(b) is Block and only_plain_names(b) for b in model.blocks)
         try:
             parts = anatomy(model)
         except TypeError as error:
             refused[name] = str(error)
+            assert not plain, f"{name}: {error}"
             continue
+        assert plain, name
         names = [n for c in parts.components for n in c.parameters] + list(parts.rest)
         assert sorted(names) == sorted(n for n, _ in model.named_parameters() if n.startswith("blocks.")), name
         covered.append(name)

@@ -1,5 +1,6 @@
 """Loading: what is shipped, what is refused, and nothing half-loaded."""
 import json
+import re
 import struct
 
 import pytest
@@ -75,9 +76,9 @@ def test_a_header_with_an_impossible_length(file):
         vp.load(file)
 
 
-@pytest.mark.parametrize("name, near", [("formula_vit", "formula-vit"), ("vit_base_patch16_24", "vit_base_patch16_224"), ("zzz", "formula-vit")])
+@pytest.mark.parametrize("name, near", [("vit_base_patch16_224.augreg_in22k", "vit_base_patch16_224.augreg_in21k"), ("formula_vit", "formula-vit"), ("vit_base_patch16_24", "vit_base_patch16_224"), ("zzz", "formula-vit")])
 def test_unknown_names_get_the_nearest(name, near):
-    with pytest.raises(ValueError, match=f"unknown model '{name}'; nearest known: .*{near}"):
+    with pytest.raises(ValueError, match=f"unknown model {re.escape(repr(name))}; nearest known: .*{re.escape(near)}"):
         vp.load(name)
 
 
@@ -96,6 +97,26 @@ def test_timm_models_by_name_and_from_a_local_checkpoint(tmp_path):
     save_file(model.state_dict(), tmp_path / "tiny.safetensors")
     again = vp.load("vit_tiny_patch16_224", checkpoint_path=str(tmp_path / "tiny.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_checkpoints_that_are_damaged_missing_or_pickles(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    for content, error, message in (
+        (None, FileNotFoundError, "weights.safetensors: no such file"), (b"garbage" * 9, ValueError, "weights.safetensors: no weights for vit_tiny"),
+    ):  # fmt: skip
+        if content:
+            file.write_bytes(content)
+        with pytest.raises(error, match=message):
+            vp.load("vit_tiny_patch16_224", checkpoint_path=str(file))
+    save_file({"other": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match="weights.safetensors: no weights for vit_tiny"):
+        vp.load("vit_tiny_patch16_224", checkpoint_path=file)
+    pickle = tmp_path / "weights.pth"
+    torch.save({}, pickle)
+    with pytest.raises(ValueError, match="weights.pth: expected a .safetensors file; other checkpoint formats can hold code"):
+        vp.load("vit_tiny_patch16_224", checkpoint_path=str(pickle))
+    with pytest.raises(ValueError, match="weights.pth: expected a .safetensors file of this package"):
+        vp.load(pickle)
 
 
 def test_weights_that_cannot_be_fetched(monkeypatch):
@@ -117,6 +138,8 @@ def test_images_are_normalised_as_the_checkpoint_was_trained():
         assert torch.allclose(prepare(model, images), expected, atol=1e-6)
     with pytest.raises(TypeError, match="torch.float32: expected torch.uint8"):
         prepare(model, images.float())
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 224, 224\): expected \(N, 3, H, W\)"):
+        prepare(model, images[:, :1])
 
 
 def test_positions_are_distinct_and_of_the_right_shape():

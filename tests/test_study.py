@@ -38,7 +38,7 @@ def made_up() -> Study:
     bound = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "kind": "published", "inputs": i, "bound": 4 * (value[c] + b + 1), "radius": np.nan, "sigma": np.nan, "n_tokens": None, "proven": c == "LN1"} for i, b, c in cells])
     runs = pd.DataFrame(rows)
     curves = pd.DataFrame([{"step": s, "loss": 1.0, "grad_norm": 1.0, "validation_accuracy": 0.5, "component": c, "lr": 0.1, "seed": 0} for c in ("LN1", "MHA", "head") for s in (10, 20)])
-    facts = {"model": "formula-vit", "task": "digits", "pairs": 4, "steps": 20, "lrs": [0.1, 0.2], "seeds": [0, 1], "classes": 10, "train": 1, "validation": 1, "test": 100, "linear_probe": 0.3, "versions": {"torch": "x"}}
+    facts = {"model": "formula-vit", "task": "digits", "pairs": 4, "steps": 20, "lrs": [0.1, 0.2], "seeds": [0, 1], "classes": 10, "train": 1, "validation": 1, "test": 100, "test_sources": 25, "linear_probe": 0.3, "versions": {"torch": "x"}}
     return Study(plastic, bound, runs, curves, facts)
 
 
@@ -60,7 +60,16 @@ def test_the_table_and_the_sentences_say_the_same():
     assert shown["plasticity"]["LN1"] == "1.00 (0.50-1.50)" and shown["gradient"]["head"] == ""
     text = " ".join(findings(s))
     assert "MHA > LN1" in text and "MHA is best alone, 20.0 points before LN1" in text and "linear probe 30.0%" not in text  # no `all` here
-    assert len({len(line.rstrip()) for line in text_table(display_frame(s)).splitlines()[1:2]}) == 1
+    assert len({len(line) for line in text_table(display_frame(s)).splitlines()}) == 1
+    assert "on 25 independent test images is about 13.9 points: the two cannot be told apart" in text  # sqrt((.6 * .4 + .4 * .6) / 25)
+
+
+def test_the_p_value_counts_the_orders():
+    values = [3, 1, 2, 5, 4]
+    table = pd.DataFrame({"component": ["LN1", "MHA", "LN2", "FC1", "FC2"], "plasticity": values, "test_accuracy": values})
+    assert rank_agreement(table) == pytest.approx((1, 2 / 120))
+    table["test_accuracy"] = [3, 1, 2, 4, 5]  # one exchange of neighbours: rho = 0.9, and 5 orders each way are as extreme
+    assert rank_agreement(table) == pytest.approx((0.9, 10 / 120))
 
 
 def test_a_saved_study_is_the_same_study(tmp_path):

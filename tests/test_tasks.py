@@ -6,7 +6,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import vitplast as vp
-from vitplast.tasks import COPIES, digits, pretraining_images, split_indices
+from vitplast.images import FormulaConfig, FormulaImages
+from vitplast.tasks import COPIES, digits, pretraining_images, render, split_indices
 
 
 def test_no_handwriting_crosses_the_digit_splits():
@@ -30,17 +31,21 @@ def test_digits_are_bytes_and_the_same_every_time():
         split = getattr(task, name)
         assert split.images.dtype == torch.uint8 and split.images.shape[1:] == (3, 32, 32)
         assert torch.equal(split.images, getattr(again, name).images)
+    assert task.test_sources == len(task.test) // 4
     assert task.n_classes == 10 and task.classes[3] == "3" and "4316 train" in repr(task)
 
 
 def test_a_digit_can_be_seen_in_its_rendering():
-    """The mask of each rendering changes its pixels: the same source drawn as nothing differs inside the stroke."""
-    images = digits().train.images[:300].float()
-    assert images.std((2, 3)).mean() > 20  # not blank
-    assert len(torch.unique(images.flatten(1), dim=0)) == 300
+    """The same random numbers with and without the digit: the pictures differ, and only in a part of the pixels."""
+    source = torch.zeros(64, 1, 32, 32)
+    source[:, :, 8:24, 14:18] = 1
+    formula = FormulaImages(FormulaConfig(seed=999))
+    drawn, empty = (render(s, formula, torch.Generator().manual_seed(0)).float() for s in (source, 0 * source))
+    changed = ((drawn - empty).abs().amax(1) > 8).float().mean((1, 2))
+    assert (changed > 0.02).float().mean() > 0.9 and changed.max() < 0.6
 
 
-def test_pretraining_images_are_the_same_every_time_and_no_task_texture():
+def test_pretraining_images_are_the_same_every_time():
     a = pretraining_images(300)
     assert torch.equal(a[:256], pretraining_images(256)) and a.dtype == torch.uint8 and not torch.equal(a, pretraining_images(300, seed=2))
 

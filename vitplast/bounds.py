@@ -6,14 +6,14 @@
 __all__ = ['KINDS_OF_BOUND', 'spectral_norm', 'spectral_norm_product', 'smallest_spread', 'largest_norm', 'measure_domains',
            'norm_bound', 'published_attention_bound', 'bounds', 'bound_row']
 
-# %% ../nbs/theory/bounds.ipynb #3a1040e4
+# %% ../nbs/theory/bounds.ipynb #0276d98a
 import math
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from .components import INPUTS, Attention, Linear, Norm, anatomy, evaluating, fit, visit
+from .components import INPUTS, Attention, Linear, Norm, anatomy, evaluating, visit
 from .plasticity import image_batches
 
 # %% ../nbs/theory/bounds.ipynb #73cf9e15
@@ -28,15 +28,15 @@ def spectral_norm_product(left, right) -> torch.Tensor:
     r2 = torch.linalg.qr(right.detach().double().mT, mode="r").R
     return torch.linalg.matrix_norm(r1 @ r2.mT, 2)
 
-# %% ../nbs/theory/bounds.ipynb #2ab616ec
-def smallest_spread(tokens, eps) -> float:
-    "min over tokens of sqrt(var + eps) for tokens (..., d)."
-    return tokens.double().var(-1, correction=0).add(eps).min().sqrt().item()
+# %% ../nbs/theory/bounds.ipynb #fcbaa7d8
+def smallest_spread(tokens, eps) -> torch.Tensor:
+    "min over tokens of sqrt(var + eps) for tokens (..., d), in float64."
+    return tokens.double().var(-1, correction=0).add(eps).min().sqrt()
 
 
-def largest_norm(tokens) -> float:
-    "max over tokens of |x| for tokens (..., d)."
-    return tokens.double().norm(dim=-1).max().item()
+def largest_norm(tokens) -> torch.Tensor:
+    "max over tokens of |x| for tokens (..., d), in float64."
+    return tokens.double().norm(dim=-1).max()
 
 
 def measure_domains(model, parts, source, inputs, batch_size, progress) -> tuple:
@@ -50,10 +50,11 @@ def measure_domains(model, parts, source, inputs, batch_size, progress) -> tuple
         nonlocal n_tokens
         n_tokens = entering.shape[1]
         if isinstance(weights[i], Norm):
-            s = smallest_spread(entering, weights[i].eps)
-            domains[i] = s if domains[i] is None else min(domains[i], s)
+            found = smallest_spread(entering, weights[i].eps)
+            domains[i] = found if domains[i] is None else torch.minimum(domains[i], found)
         elif isinstance(weights[i], Attention):
-            domains[i] = max(domains[i] or 0.0, largest_norm(entering))
+            found = largest_norm(entering)
+            domains[i] = found if domains[i] is None else torch.maximum(domains[i], found)
 
     with evaluating(model):
         batches = image_batches(parts, source, batch_size, like, "x")
@@ -61,7 +62,7 @@ def measure_domains(model, parts, source, inputs, batch_size, progress) -> tuple
             visit(parts, images, inputs, see, outputs=False)
     if not n_tokens:
         raise ValueError("x: no images, expected at least one")
-    return domains, n_tokens
+    return [None if d is None else d.item() for d in domains], n_tokens
 
 # %% ../nbs/theory/bounds.ipynb #23c5d5e7
 KINDS_OF_BOUND = ("published",)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'plain_errors', 'main', 'demo', 'pretrain']
 
-# %% ../nbs/library/cli.ipynb #f6ca352b
+# %% ../nbs/library/cli.ipynb #0e5cc0d7
 import json
 import textwrap
 import time
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import typer
 
 import vitplast
 
-# %% ../nbs/library/cli.ipynb #0a26e2a3
+# %% ../nbs/library/cli.ipynb #60fc3eac
 app = typer.Typer(
     help="Which parts of a pretrained Vision Transformer should be finetuned, and why.", no_args_is_help=True,
     pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="markdown",
@@ -28,7 +29,7 @@ def plain_errors(kept=""):
     "Turn errors of input into one line and exit status 1; Ctrl-C into a line that says what is kept, and 130."
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, BrokenProcessPool) as error:
         typer.echo(f"vitplast: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -87,7 +88,7 @@ def demo(
         )
     typer.echo(f"{out / 'report.html'} written, {time.monotonic() - started:.0f} s", err=True)
 
-# %% ../nbs/library/cli.ipynb #c53f0135
+# %% ../nbs/library/cli.ipynb #8fc97021
 @app.command()
 def pretrain(
     out: Path = typer.Option(
@@ -96,6 +97,7 @@ def pretrain(
     images: int = typer.Option(2_400_000, min=64, help="Formula images to train on, each seen once."),
     seed: int = typer.Option(0, min=0, help="Of the first weights and of the images."),
     device: str = typer.Option("auto", help="cpu, cuda, or auto: a GPU if there is one."),
+    bf16: bool = typer.Option(False, "--bf16", help="Train in bfloat16 where the device is faster in it."),
     threads: int = typer.Option(0, min=0, help="CPU threads, 0 for torch's choice."),
 ):
     """Pretrain a small Vision Transformer on formula images. Resumable: the same command goes on where it
@@ -107,14 +109,20 @@ def pretrain(
     """
     import torch
 
+    from vitplast.models import EXTENSION
     from vitplast.pretrain import PretrainConfig, finish, train
 
     state = out.with_suffix(".state")
     with plain_errors(f"The state is kept in {state}; the same command goes on from there."):
         if threads:
             torch.set_num_threads(threads)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        card = finish(train(PretrainConfig(images=images, seed=seed), state, device), out)
+        devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
+        if device not in devices:
+            raise ValueError(f"device {device!r}: expected one of {devices} on this machine")
+        if out.suffix != EXTENSION:
+            raise ValueError(f"--out {out}: expected a name that ends in {EXTENSION}")
+        device = devices[-1] if device == "auto" and len(devices) > 2 else device.replace("auto", "cpu")
+        card = finish(train(PretrainConfig(images=images, seed=seed, bf16=bf16), state, device), out)
     typer.echo(json.dumps(card["linear_probe"], indent=1))
 
 # %% ../nbs/library/cli.ipynb #af588645

@@ -75,7 +75,7 @@ class Component:
             f" {sum(p.numel() for p in self.parameters.values()):,} parameters)"
         )
 
-# %% ../nbs/library/components.ipynb #e99aecb8
+# %% ../nbs/library/components.ipynb #dc32627a
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "A model taken apart: everything that the rest of the package needs to know about an architecture."
@@ -85,7 +85,6 @@ class Anatomy:
     image_shape: tuple  # (channels, height, width) of the images that it takes
     embed: Callable  # images (N, C, H, W) -> tokens (N, n, d) that enter the first block
     tokens: Callable  # images (N, C, H, W) -> tokens (N, n, d) that leave the last block
-    features: Callable  # images (N, C, H, W) -> what enters the head, (N, d)
     final_norm: dict  # parameters of the norm after the last block: name -> nn.Parameter
     head: Callable  # () -> parameters of the classification head, empty without one: name -> nn.Parameter
     reset_head: Callable  # n_classes -> None, puts a new linear head on the model
@@ -185,7 +184,7 @@ def named(model, prefix) -> dict:
     "Full names and parameters of the submodule called `prefix`."
     return {f"{prefix}.{k}": p for k, p in model.get_submodule(prefix).named_parameters()}
 
-# %% ../nbs/library/components.ipynb #d69a81b6
+# %% ../nbs/library/components.ipynb #623e3b14
 @anatomy.register
 def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
     "The anatomy of a pre-norm timm VisionTransformer."
@@ -211,16 +210,19 @@ def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
     def embed(images):
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
+    def reset_head(n_classes):
+        model.reset_classifier(n_classes)
+        model.head.to(next(model.parameters()))  # timm before 1.0.25 makes it on the CPU
+
     return Anatomy(
         components=found,
         rest=uncovered(model, "blocks", found, allowed=(".ls1.", ".ls2.")),
-        image_shape=(model.in_chans, *model.patch_embed.img_size),
+        image_shape=(getattr(model, "in_chans", 3), *model.patch_embed.img_size),
         embed=embed,
         tokens=lambda images: model.blocks(embed(images)),
-        features=lambda images: model.forward_head(model.forward_features(images), pre_logits=True),
         final_norm=named(model, "norm") | named(model, "fc_norm"),
         head=lambda: named(model, "head"),
-        reset_head=lambda n: model.reset_classifier(n),
+        reset_head=reset_head,
     )
 
 

@@ -32,9 +32,10 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 7.2  # inches, of every figure
 
-# %% ../nbs/library/figures.ipynb #dea5d13e
+# %% ../nbs/library/figures.ipynb #62550cd8
 class BookFigure(Figure):
     "A figure that shows itself as SVG in any notebook, without pyplot and its global state."
+
     def _repr_svg_(self):
         return as_svg(self)
 

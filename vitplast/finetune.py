@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'select', 'trainable', 'FinetuneConfig', 'warmup_cosine', 'image_order', 'evaluate', 'Run', 'label',
-           'new_head', 'check_fit', 'finetune', 'probe_features', 'linear_probe']
+           'new_head', 'check_fit', 'Best', 'training_mode', 'total_norm', 'train', 'finetune', 'probe_features',
+           'linear_probe']
 
-# %% ../nbs/library/finetune.ipynb #38cefd75
+# %% ../nbs/library/finetune.ipynb #9012d7c8
 import copy
 import difflib
 import math
 import time
 from dataclasses import asdict, dataclass, field, fields
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -19,13 +21,14 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from .components import KINDS, Component, anatomy, evaluating
 from .models import prepare
 from .tasks import Split, Task
 
-# %% ../nbs/library/finetune.ipynb #1e06a8a8
+# %% ../nbs/library/finetune.ipynb #6539f7d0
 CHOICES = (*KINDS, "all", "head")
 
 
@@ -45,7 +48,8 @@ def select(model, components, head=True, final_norm=False) -> dict:
         else:
             matched = [c for c in parts.components if c.kind == item]
         if not matched:
-            near = difflib.get_close_matches(str(item).upper(), KINDS, n=2, cutoff=0.3)
+            known = {c.lower(): c for c in CHOICES}
+            near = [known[n] for n in difflib.get_close_matches(str(item).lower(), known, n=2, cutoff=0.3)]
             raise ValueError(
                 f"component {item!r} matches nothing: expected one of {CHOICES} or items of"
                 " vp.components(model)"
@@ -98,7 +102,7 @@ class trainable:
             f" {self.names[0]} ... {self.names[-1]}"
         )
 
-# %% ../nbs/library/finetune.ipynb #1c6a0c11
+# %% ../nbs/library/finetune.ipynb #0ddca017
 @dataclass(frozen=True)
 class FinetuneConfig:
     "How to train; a run depends on this, the task, the model and the components alone."
@@ -140,12 +144,11 @@ class FinetuneConfig:
 
 
 def warmup_cosine(step, steps, warmup) -> float:
-    """Factor of the learning rate at a step (from 0): linear warm-up over the share `warmup`, then a half
-    cosine that ends at zero."""
+    "Factor of the learning rate at a step (from 0): linear warm-up over the share `warmup`, then a half cosine towards zero."
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / max(1, steps - warm)))
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 # %% ../nbs/library/finetune.ipynb #73691543
 def image_order(n_images, steps, batch_size, seed) -> torch.Tensor:
@@ -168,7 +171,7 @@ def evaluate(model, split: Split, batch_size=256) -> tuple:
             correct += (logits.argmax(1) == labels).sum().item()
     return loss / len(split), correct / len(split)
 
-# %% ../nbs/library/finetune.ipynb #f11e4dea
+# %% ../nbs/library/finetune.ipynb #a23a3012
 @dataclass(eq=False)
 class Run:
     "One finetuning: what was asked, what happened, and the model at its best validation step."
@@ -178,7 +181,7 @@ class Run:
     config: FinetuneConfig
     history: (
         pd.DataFrame
-    )  # step, lr, loss, grad_norm (of the components, without the head; before clipping), validation_loss, validation_accuracy
+    )  # step, lr, loss, grad_norm (components), head_grad_norm (both unclipped), validation_*
     best_step: int  # that validation picked
     validation_accuracy: float
     test_accuracy: float
@@ -204,7 +207,7 @@ def label(components) -> str:
 
 
 def new_head(model, n_classes, seed):
-    "Put a linear head on the model, small normal weights from the seed, no bias."
+    "Put a linear head on the model: small normal weights from the seed, biases zero."
     parts = anatomy(model)
     parts.reset_head(n_classes)
     g = torch.Generator().manual_seed(seed)
@@ -222,7 +225,71 @@ def check_fit(model, task: Task):
             f" size={expected[-1]})"
         )
 
-# %% ../nbs/library/finetune.ipynb #087db6a5
+# %% ../nbs/library/finetune.ipynb #1c978894
+class Best(NamedTuple):
+    "The best reading of the validation split so far."
+
+    step: int
+    accuracy: float
+    state: dict  # of what trains, and of buffers
+
+
+def training_mode(model):
+    "The model in training mode, except batch norms that are frozen: their running statistics are frozen too."
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def total_norm(parameters) -> torch.Tensor:
+    "Norm of the gradients of all parameters together, NaN without any."
+    return torch.stack([p.grad.norm() for p in parameters]).norm() if parameters else torch.tensor(math.nan)
+
+
+def train(model, task, training, config, tqdm_label=None) -> tuple:
+    "The training loop: the history, and the best validation reading (None if none was finite)."
+    head = anatomy(model).head()
+    parts = {"grad_norm": [], "head_grad_norm": []}
+    for name, p in training.chosen.items():
+        parts["head_grad_norm" if name in head else "grad_norm"].append(p)
+    parameters = list(training.chosen.values())
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    order = image_order(len(task.train), config.steps, config.batch_size, config.seed)
+    rows, readings, best = [], {}, None
+    for step, batch in enumerate(
+        tqdm(order, desc=tqdm_label, unit="step", leave=False, disable=tqdm_label is None)
+    ):
+        training_mode(model)
+        optimizer.param_groups[0]["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup)
+        logits = model(prepare(model, task.train.images[batch]))
+        loss = F.cross_entropy(logits, task.train.labels[batch].to(logits.device))
+        optimizer.zero_grad()
+        loss.backward()
+        rows.append(torch.stack([loss.detach(), *(total_norm(p).to(loss) for p in parts.values())]))
+        nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        if (step + 1) % config.eval_every and step + 1 < config.steps:
+            continue
+        readings[step + 1] = evaluate(model, task.validation)
+        if not math.isfinite(readings[step + 1][0]):
+            break
+        if best is None or readings[step + 1][1] > best.accuracy:
+            kept = training.chosen.keys() | {n for n, _ in model.named_buffers()}
+            state = {n: v.clone() for n, v in model.state_dict().items() if n in kept}
+            best = Best(step + 1, readings[step + 1][1], state)
+    history = pd.DataFrame(torch.stack(rows).double().cpu().numpy(), columns=["loss", *parts])
+    history.insert(0, "step", range(1, len(rows) + 1))
+    history.insert(
+        1, "lr", [config.lr * warmup_cosine(s, config.steps, config.warmup) for s in range(len(rows))]
+    )
+    for i, name in enumerate(("validation_loss", "validation_accuracy")):
+        history[name] = history.step.map({step: reading[i] for step, reading in readings.items()})
+    return history, best
+
+# %% ../nbs/library/finetune.ipynb #93604653
 def finetune(model, task: Task, components, config=FinetuneConfig(), progress=False) -> Run:
     """Train the chosen components and a new head on a task.
 
@@ -233,54 +300,23 @@ def finetune(model, task: Task, components, config=FinetuneConfig(), progress=Fa
     """
     check_fit(model, task)
     started, model = time.monotonic(), copy.deepcopy(model)
-    new_head(model, task.n_classes, config.seed)
-    training = trainable(model, components, head=True, final_norm=config.final_norm)
-    head = anatomy(model).head()
-    parameters = list(training.chosen.values())
-    body = [p for n, p in training.chosen.items() if n not in head]
-    optimizer = torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    order = image_order(len(task.train), config.steps, config.batch_size, config.seed)
-    losses, norms, readings, best = [], [], {}, None
-    for step, rows in enumerate(
-        tqdm(order, desc=label(components), unit="step", leave=False, disable=not progress)
-    ):
-        model.train()
-        optimizer.param_groups[0]["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup)
-        logits = model(prepare(model, task.train.images[rows]))
-        loss = F.cross_entropy(logits, task.train.labels[rows].to(logits.device))
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.stack([p.grad.norm() for p in body]).norm() if body else torch.tensor(math.nan))
-        losses.append(loss.detach())
-        nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        if (step + 1) % config.eval_every and step + 1 < config.steps:
-            continue
-        readings[step] = evaluate(model, task.validation)
-        if not math.isfinite(readings[step][0]):
-            break
-        if best is None or readings[step][1] > best[0]:
-            best = (readings[step][1], step + 1, [p.detach().clone() for p in parameters])
-    diverged = not all(map(math.isfinite, torch.stack(losses).tolist())) or not math.isfinite(
-        readings[step][0]
-    )
+    with torch.random.fork_rng():  # dropout draws from torch's global generator
+        torch.manual_seed(config.seed)
+        new_head(model, task.n_classes, config.seed)
+        training = trainable(model, components, head=True, final_norm=config.final_norm)
+        history, best = train(
+            model, task, training, config, tqdm_label=label(components) if progress else None
+        )
+    read = history[history.validation_accuracy.notna()]
+    diverged = not (history.loss.map(math.isfinite).all() and read.validation_loss.map(math.isfinite).all())
     if best is not None:
-        with torch.no_grad():
-            for p, kept in zip(parameters, best[2]):
-                p.copy_(kept)
-    history = pd.DataFrame({
-        "step": range(1, len(losses) + 1), "lr": [config.lr * warmup_cosine(s, config.steps, config.warmup) for s in range(len(losses))],
-        "loss": torch.stack(losses).tolist(), "grad_norm": torch.stack(norms).tolist(),
-    })  # fmt: skip
-    for i, name in enumerate(("validation_loss", "validation_accuracy")):
-        history[name] = history.step.map({step + 1: reading[i] for step, reading in readings.items()})
+        model.load_state_dict(best.state, strict=False)
     return Run(
         task=task.name, components=label(components), config=config, history=history, diverged=diverged,
-        best_step=best[1] if best else 0, validation_accuracy=best[0] if best else 0.0,
+        best_step=best.step if best else 0, validation_accuracy=best.accuracy if best else 0.0,
         test_accuracy=evaluate(model, task.test)[1] if best else 0.0,
-        n_trained=sum(p.numel() for p in parameters), seconds=time.monotonic() - started, model=model.eval(),
+        n_trained=sum(p.numel() for p in training.chosen.values()), seconds=time.monotonic() - started,
+        model=model.eval(),
     )  # fmt: skip
 
 # %% ../nbs/library/finetune.ipynb #4975938a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'EXTENSION', 'SHIPPED', 'ViTConfig', 'positions', 'build', 'save', 'read', 'load_local', 'shipped', 'card',
-           'load', 'prepare']
+           'load_checkpoint', 'load', 'prepare']
 
 # %% ../nbs/library/models.ipynb #5c0a0edf
 import difflib
@@ -86,7 +86,7 @@ def build(config: ViTConfig, seed=0) -> VisionTransformer:
     }
     return model.eval()
 
-# %% ../nbs/library/models.ipynb #83ef6742
+# %% ../nbs/library/models.ipynb #d254bf24
 HEADER = "vitplast"  # the key of our text in a safetensors header
 EXTENSION = ".safetensors"
 
@@ -111,7 +111,10 @@ def read(path) -> tuple:
             f"{path}: its header names no vitplast architecture; expected a file that vitplast wrote. Weights"
             f" of a timm model load with vp.load('vit_base_patch16_224', checkpoint_path={str(path)!r})"
         )
-    return json.loads(metadata[HEADER]), tensors
+    try:
+        return json.loads(metadata[HEADER]), tensors
+    except ValueError as error:
+        raise ValueError(f"{path}: its vitplast header is not JSON ({error})") from None
 
 
 def load_local(path) -> VisionTransformer:
@@ -134,7 +137,7 @@ def load_local(path) -> VisionTransformer:
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/library/models.ipynb #0b793f72
+# %% ../nbs/library/models.ipynb #572064f0
 SHIPPED = Path(__file__).parent / "data" if "__file__" in globals() else Path("../../vitplast/data")
 
 
@@ -150,6 +153,18 @@ def card(name="formula-vit") -> dict:
     if not path.exists():
         raise ValueError(f"no card for {name!r}: expected one of {shipped()}")
     return json.loads(path.read_text())
+
+
+def load_checkpoint(name, path, **timm_kwargs) -> nn.Module:
+    "A timm model with the weights of a safetensors file; files that can hold code (.pth, .bin) are refused."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not str(path).endswith(EXTENSION):
+        raise ValueError(f"{path}: expected a {EXTENSION} file; other checkpoint formats can hold code")
+    try:
+        return timm.create_model(name, **timm_kwargs).eval()
+    except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path}: no weights for {name} ({error})") from None
 
 
 def load(name, **timm_kwargs) -> nn.Module:
@@ -174,13 +189,16 @@ def load(name, **timm_kwargs) -> nn.Module:
         return load_local(name)
     if name in shipped():
         return load_local(SHIPPED / f"{name}{EXTENSION}")
-    if not timm.is_model(name):
+    if Path(name).is_file():
+        raise ValueError(f"{name}: expected a {EXTENSION} file of this package, or a name")
+    if not timm.is_model(name) or "." in name and name not in timm.list_pretrained():
         known = shipped() + timm.list_models() + timm.list_pretrained()
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         raise ValueError(f"unknown model {name!r}; nearest known: {near or shipped()}")
-    pretrained = timm_kwargs.pop("pretrained", "checkpoint_path" not in timm_kwargs)
+    if checkpoint := timm_kwargs.get("checkpoint_path"):
+        return load_checkpoint(name, checkpoint, **timm_kwargs)
     try:
-        return timm.create_model(name, pretrained=pretrained, **timm_kwargs).eval()
+        return timm.create_model(name, **{"pretrained": True} | timm_kwargs).eval()
     except OSError as error:  # what the hub's client raises without a network
         raise FileNotFoundError(
             f"weights of {name!r} could not be fetched ({type(error).__name__}). Where there is a network,"
@@ -188,12 +206,14 @@ def load(name, **timm_kwargs) -> nn.Module:
             " cache here, or pass checkpoint_path=..., or pretrained=False for random weights"
         ) from None
 
-# %% ../nbs/library/models.ipynb #e8062c0c
+# %% ../nbs/library/models.ipynb #9677c4b7
 def prepare(model, images) -> torch.Tensor:
     """Byte images (N, 3, H, W) as the floats that the model was pretrained on: scaled to [0, 1], then
     normalised by its own mean and std."""
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}: expected torch.uint8, 0 to 255, not yet normalised")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}: expected (N, 3, H, W)")
     first = next(model.parameters())
     config = resolve_model_data_config(model)
     mean, std = (

@@ -69,51 +69,54 @@ def text_table(frame) -> str:
         for row in rows
     )
 
-# %% ../nbs/library/report.ipynb #27e1e07b
+# %% ../nbs/library/report.ipynb #6d1a145a
 def chain(names) -> str:
     "Names joined as an order."
     return " > ".join(names)
 
 
 def findings(s: Study) -> list:
-    "Sentences about a study, each computed from its frames."
+    "Sentences about a study of two or more components, each computed from its frames."
     t = summary(s)
     parts = t[t.component.isin(KINDS)]
-    rho, p = rank_agreement(t)
-    best, f = parts.iloc[0], s.facts
-    plastic = list(parts.sort_values("plasticity", ascending=False).component)
-    embedding = list(parts.sort_values("embedding", ascending=False).component)
-    gap, noise = parts.test_accuracy.iloc[0] - parts.test_accuracy.iloc[1], difference_noise(s)
+    (rho, p), n = rank_agreement(t), len(parts)
+    orders = {v: chain(parts.sort_values(v, ascending=False).component) for v in ("plasticity", "embedding")}
+    best, second = parts.iloc[0], parts.iloc[1]
+    gap, noise = best.test_accuracy - second.test_accuracy, difference_noise(
+        best, second, s.facts["test_sources"]
+    )
     lines = [
-        f"Plasticity, what each component receives: {chain(plastic)}.",
-        f"Plasticity, embedding inputs (the paper's protocol): {chain(embedding)}.",
+        f"Plasticity, what each component receives: {orders['plasticity']}.",
+        f"Plasticity, embedding inputs (the paper's protocol): {orders['embedding']}.",
         (
             f"Test accuracy of each component trained alone: {chain(parts.component)}. The paper's"
             " theoretical order: MHA > FC1 ~ FC2 > LN2 ~ LN1."
         ),
         (
-            "Rank correlation of plasticity (what each receives) and accuracy over the five components:"
-            f" {rho:+.2f} (p = {p:.2f}; five points cannot say more)."
+            f"Rank correlation of plasticity (what each receives) and accuracy over {n} components:"
+            f" {rho:+.2f}, exact p = {p:.2f}; with so few no p is below {2 / math.factorial(n):.3f}."
         ),
-        (
-            f"{best.component} is best alone, {100 * gap:.1f} points before {parts.component.iloc[1]}; the"
-            " standard error of a difference between two accuracies on these test images is about"
-            f" {100 * noise:.1f} points, so the two {'cannot' if gap < 2 * noise else 'can'} be told apart."
-        ),
+        f"{best.component} is best alone, {100 * gap:.1f} points before {second.component}. The standard"
+        f" error of such a difference on {s.facts['test_sources']} independent test images is about"
+        f" {100 * noise:.1f} points"
+        + (": the two cannot be told apart." if gap < 2 * noise else "."),
     ]
     everything = t[t.component == "all"]
     if len(everything):
         lines.append(
             f"Training everything gives {100 * everything.test_accuracy.iloc[0]:.1f}%, the best single"
-            f" component {100 * best.test_accuracy:.1f}%, a linear probe {100 * f['linear_probe']:.1f}%."
+            f" component {100 * best.test_accuracy:.1f}%, a linear probe"
+            f" {100 * s.facts['linear_probe']:.1f}%."
         )
     return lines
 
 
-def difference_noise(s: Study) -> float:
-    "Standard error of the difference between two accuracies on the test images, all taken as independent."
-    a = s.runs.test_accuracy.mean()
-    return math.sqrt(2 * a * (1 - a) / s.facts["test"])
+def difference_noise(first, second, n) -> float:
+    """Standard error of the difference between the accuracies of two rows on n independent images.
+
+    Taken as independent of each other, which is too large where both err on the same images.
+    """
+    return math.sqrt(sum(a * (1 - a) for a in (first.test_accuracy, second.test_accuracy)) / n)
 
 # %% ../nbs/library/report.ipynb #b3a5f6ee
 CSS = """
@@ -152,7 +155,7 @@ def table_html(frame) -> str:
         body += "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/library/report.ipynb #39c5c654
+# %% ../nbs/library/report.ipynb #6e052c5d
 FOOTNOTE = (
     "plasticity: mean over blocks of ||f(x) - f(y)|| / ||x - y|| on what each component receives, with the"
     " lowest and the highest block; embedding: the same with the first block's input everywhere. bound:"
@@ -168,17 +171,24 @@ def figures(s: Study) -> list:
     return [
         (
             as_svg(depth_lines(s.plasticity)),
-            "Plasticity of each component over depth, in both input protocols, with 95% intervals that resample images.",
+            (
+                "Plasticity of each component over depth, in both input protocols, with 95% intervals that"
+                " resample images."
+            ),
         ),
         (
             as_svg(against_accuracy(summary(s))),
-            "Test accuracy of each component trained alone against its plasticity (what it receives); dashes are"
-            " seeds. Lines: training everything, and the head alone.",
+            (
+                "Test accuracy of each component trained alone against its plasticity (what it receives);"
+                " dashes are seeds. Lines: training everything, and the head alone."
+            ),
         ),
         (
             as_svg(training_curves(curves)),
-            "Gradient norm before clipping, training loss and validation accuracy over steps, at each component's"
-            " chosen learning rate, first seed.",
+            (
+                "Gradient norm before clipping, training loss and validation accuracy over steps, at each"
+                " component's chosen learning rate, first seed."
+            ),
         ),
     ]
 

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 from .images import FormulaConfig, FormulaImages, random_affine
 
-# %% ../nbs/library/tasks.ipynb #e023621e
+# %% ../nbs/library/tasks.ipynb #ceb8eb85
 class Split(NamedTuple):
     "Images and their classes."
 
@@ -34,13 +34,14 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    "A classification task in three splits that share no source image."
+    "A classification task in three splits."
 
     name: str
     classes: tuple  # names, in the order of the labels
     train: Split
     validation: Split
     test: Split
+    test_sources: int  # test images that are independent of each other: fewer than images where some are renderings of one
 
     @property
     def n_classes(self) -> int:
@@ -73,8 +74,10 @@ def split_indices(labels, names, seed=0) -> tuple:
             part.append(chosen)
     return tuple(np.sort(np.concatenate(p)) for p in parts)
 
-# %% ../nbs/library/tasks.ipynb #7d335df7
-TASK_SEED = 999  # of the textures of the tasks: held out from every pretraining
+# %% ../nbs/library/tasks.ipynb #d58718af
+TASK_SEED = (
+    999  # of the textures of the tasks; pretrainings draw theirs from FormulaConfig.seed, 0 by default
+)
 COPIES = {"train": 4, "validation": 2, "test": 4}  # renderings of each source digit
 
 
@@ -105,9 +108,9 @@ def digits() -> Task:
         g = torch.Generator().manual_seed(i)
         images = torch.cat([render(sources[r], formula, g) for r in rows.split(256)])
         splits[name] = Split(images, labels[rows])
-    return Task("digits", tuple("0123456789"), **splits)
+    return Task("digits", tuple("0123456789"), **splits, test_sources=len(splits["test"]) // COPIES["test"])
 
-# %% ../nbs/library/tasks.ipynb #3d00786a
+# %% ../nbs/library/tasks.ipynb #05d592c4
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -116,9 +119,12 @@ def read_image(path, size) -> torch.Tensor:
     cannot be read."""
     try:
         with Image.open(path) as image:
-            square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            square = ImageOps.fit(
+                ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC
+            )
     except (
         UnidentifiedImageError,
+        Image.DecompressionBombError,
         OSError,
         SyntaxError,
     ) as error:  # Pillow raises SyntaxError for some broken PNGs
@@ -144,7 +150,8 @@ def folder(path, size=224) -> Task:
     labels = np.repeat(np.arange(len(classes)), [len(f) for f in files])
     rows, files = split_indices(labels, classes), [f for group in files for f in group]
     images = torch.stack([read_image(f, size) for f in files])
-    return Task(path.name, tuple(classes), *(Split(images[r], torch.from_numpy(labels[r])) for r in rows))
+    splits = [Split(images[r], torch.from_numpy(labels[r])) for r in rows]
+    return Task(path.name, tuple(classes), *splits, test_sources=len(splits[2]))
 
 # %% ../nbs/library/tasks.ipynb #6ced5b43
 TASKS = {"digits": digits}
@@ -166,9 +173,9 @@ def task(name, size=None) -> Task:
     near = difflib.get_close_matches(str(name), TASKS, n=3, cutoff=0.4) or sorted(TASKS)
     raise ValueError(f"unknown task {str(name)!r}: no folder of that name; nearest known: {near}")
 
-# %% ../nbs/library/tasks.ipynb #f91f23cc
+# %% ../nbs/library/tasks.ipynb #931a845f
 def pretraining_images(n, seed=1, config=FormulaConfig()) -> torch.Tensor:
-    "n formula images (n, 3, S, S) uint8 of the classes of a pretraining, none of which it saw."
+    "n formula images (n, 3, S, S) uint8 of the classes of a pretraining, drawn with a seed other than its own."
     formula, g = FormulaImages(config), torch.Generator().manual_seed(seed)
     sizes = [min(256, n - i) for i in range(0, n, 256)]
     return to_bytes(torch.cat([formula.sample(k, g).images for k in sizes]))

@@ -32,14 +32,16 @@ def caption_to_alt(app, doctree):
         image["alt"] = after[0].astext() if caption else "Figure; the text above says what it shows."
 
 
-def once(app, pagename, templatename, context, doctree):
-    "Load each script once: two extensions ask for MathJax."
-    files = {str(getattr(f, "filename", f)): f for f in reversed(context.get("script_files", []))}
-    context["script_files"] = list(reversed(files.values()))
+def scripts(app, pagename, templatename, context, doctree):
+    """Drop thebe, which names a server of others; of the two MathJax that are asked for keep the deferred one,
+    which runs after its configuration."""
+    files = [f for f in context.get("script_files", []) if "thebe" not in f"{f} {getattr(f, 'attributes', '')}".lower()]
+    deferred = {str(f) for f in files if "defer" in getattr(f, "attributes", {})}
+    context["script_files"] = [f for f in files if str(f) not in deferred or "defer" in f.attributes]
 
 
 def setup(app):
-    app.connect("html-page-context", once, priority=900)
+    app.connect("html-page-context", scripts, priority=900)
     app.connect("source-read", strip_directives)
     app.connect("doctree-read", caption_to_alt)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
