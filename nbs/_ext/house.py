@@ -36,8 +36,8 @@ def scripts(app, pagename, templatename, context, doctree):
     """Drop thebe, which names a server of others; of the two MathJax that are asked for keep the deferred one,
     which runs after its configuration."""
     files = [f for f in context.get("script_files", []) if "thebe" not in f"{f} {getattr(f, 'attributes', '')}".lower()]
-    deferred = {str(f) for f in files if "defer" in getattr(f, "attributes", {})}
-    context["script_files"] = [f for f in files if str(f) not in deferred or "defer" in f.attributes]
+    deferred = {f.filename for f in files if "defer" in getattr(f, "attributes", {})}
+    context["script_files"] = [f for f in files if getattr(f, "filename", None) not in deferred or "defer" in f.attributes]
 
 
 def setup(app):
