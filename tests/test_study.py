@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def made_up() -> Study:
     bound = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "kind": "published", "inputs": i, "bound": 4 * (value[c] + b + 1), "radius": np.nan, "sigma": np.nan, "n_tokens": None, "proven": c == "LN1"} for i, b, c in cells])
     runs = pd.DataFrame(rows)
     curves = pd.DataFrame([{"step": s, "loss": 1.0, "grad_norm": 1.0, "validation_accuracy": 0.5, "component": c, "lr": 0.1, "seed": 0} for c in ("LN1", "MHA", "head") for s in (10, 20)])
-    facts = {"model": "formula-vit", "task": "digits", "pairs": 4, "steps": 20, "lrs": [0.1, 0.2], "seeds": [0, 1], "classes": 10, "train": 1, "validation": 1, "test": 100, "test_sources": 25, "linear_probe": 0.3, "versions": {"torch": "x"}}
+    facts = {"model": "formula-vit", "task": "digits", "pairs": 4, "steps": 20, "lrs": [0.1, 0.2], "seeds": [0, 1], "classes": 10, "train": 1, "validation": 1, "test": 100, "test_sources": 25, "linear_probe": 0.3, "hardware": "a CPU", "versions": {"torch": "x"}}
     return Study(plastic, bound, runs, curves, facts)
 
 
@@ -114,3 +115,21 @@ def test_ctrl_c_keeps_what_was_finished_and_a_rerun_computes_only_the_rest(tmp_p
     for name in alone.keys() - {"seconds", "history"}:
         assert stored[0][name] == alone[name], name
     assert stored[0]["history"] == finite(alone["history"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_kill_9_loses_the_runs_in_flight_alone_and_leaves_no_worker_behind(tmp_path):
+    command, runs = script(tmp_path, 15), tmp_path / "out" / "runs"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not list(runs.glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while alive := [c for c in children if Path(f"/proc/{c}").exists() and "\nState:\tZ" not in Path(f"/proc/{c}/status").read_text()]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(0.1)
+    assert len(children) >= 2
+    assert all(json.loads(f.read_text())["sha256"] for f in runs.glob("*.json"))

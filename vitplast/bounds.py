@@ -28,7 +28,7 @@ def spectral_norm_product(left, right) -> torch.Tensor:
     r2 = torch.linalg.qr(right.detach().double().mT, mode="r").R
     return torch.linalg.matrix_norm(r1 @ r2.mT, 2)
 
-# %% ../nbs/theory/bounds.ipynb #fcbaa7d8
+# %% ../nbs/theory/bounds.ipynb #e41acb5f
 def smallest_spread(tokens, eps) -> torch.Tensor:
     "min over tokens of sqrt(var + eps) for tokens (..., d), in float64."
     return tokens.double().var(-1, correction=0).add(eps).min().sqrt()
@@ -38,7 +38,7 @@ def largest_norm(tokens) -> torch.Tensor:
     "max over tokens of |x| for tokens (..., d), in float64."
     return tokens.double().norm(dim=-1).max()
 
-
+# %% ../nbs/theory/bounds.ipynb #c7980580
 def measure_domains(model, parts, source, inputs, batch_size, progress) -> tuple:
     """Per component the smallest spread (norms) or the largest token norm (attention), None for linear
     layers; and the number of tokens."""
@@ -64,7 +64,7 @@ def measure_domains(model, parts, source, inputs, batch_size, progress) -> tuple
         raise ValueError("x: no images, expected at least one")
     return [None if d is None else d.item() for d in domains], n_tokens
 
-# %% ../nbs/theory/bounds.ipynb #23c5d5e7
+# %% ../nbs/theory/bounds.ipynb #3b1f071b
 KINDS_OF_BOUND = ("published",)
 
 
@@ -73,14 +73,14 @@ def norm_bound(w: Norm, sigma) -> float:
     largest = w.gamma.detach().double().abs().max().item()
     return largest / sigma if sigma > 0 else math.inf
 
-
+# %% ../nbs/theory/bounds.ipynb #e119ed4e
 def published_attention_bound(w: Attention, radius, n_tokens) -> float:
     "Sum over heads of |O| |V| sqrt(3 n + (12 n + 3) r^4 |A|^2) (Theorem 4, without query bias)."
     A = spectral_norm_product(w.Q, w.K) * w.scale  # (heads,)
     inner = 3 * n_tokens + (12 * n_tokens + 3) * radius**4 * A.square()
     return (spectral_norm(w.O) * spectral_norm(w.V) * inner.sqrt()).sum().item()
 
-
+# %% ../nbs/theory/bounds.ipynb #3e708795
 def bounds(
     model, x=None, radius=None, inputs="embedding", kind="published", batch_size=64, progress=False
 ) -> pd.DataFrame:
@@ -130,7 +130,7 @@ def bounds(
     ]
     return pd.DataFrame(rows).astype({"n_tokens": "Int64"})
 
-
+# %% ../nbs/theory/bounds.ipynb #4b9fb6ab
 def bound_row(component, domain, radius, n_tokens) -> dict:
     "Bound and domain of one component; `domain` is what `measure_domains` found, None without images."
     w, row = component.weights(), {

@@ -22,7 +22,7 @@ from torch import nn
 # %% ../nbs/library/components.ipynb #79197124
 KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")  # in the order of the forward pass
 
-# %% ../nbs/library/components.ipynb #a77702ae
+# %% ../nbs/library/components.ipynb #2171adae
 class Norm(NamedTuple):
     "LayerNorm per token: gamma * (x - mean) / sqrt(var + eps) + beta."
 
@@ -51,7 +51,7 @@ class Attention(NamedTuple):
     b_o: torch.Tensor  # (d_out,)
     scale: float  # 1 / sqrt(d_head) unless the model says otherwise
 
-
+# %% ../nbs/library/components.ipynb #61c744d4
 @dataclass(frozen=True, eq=False)
 class Component:
     "One piece of one block: what it is, what it computes, and which parameters are its own."
@@ -75,7 +75,7 @@ class Component:
             f" {sum(p.numel() for p in self.parameters.values()):,} parameters)"
         )
 
-# %% ../nbs/library/components.ipynb #dc32627a
+# %% ../nbs/library/components.ipynb #c07fd7a9
 @dataclass(frozen=True, eq=False)
 class Anatomy:
     "A model taken apart: everything that the rest of the package needs to know about an architecture."
@@ -108,7 +108,7 @@ class Anatomy:
                 " numbers"
             )
 
-
+# %% ../nbs/library/components.ipynb #6032bb3d
 @singledispatch
 def anatomy(model) -> Anatomy:
     """Take a model apart; TypeError for a class that no adapter covers. Register a function to add an
@@ -123,7 +123,7 @@ def components(model) -> list:
     "The components of a model, block-major, each block in the order LN1, MHA, LN2, FC1, FC2."
     return anatomy(model).components
 
-# %% ../nbs/library/components.ipynb #414e4eb6
+# %% ../nbs/library/components.ipynb #88acf90b
 def refuse(model, reason):
     "Raise the TypeError that says why a model of a known class is not covered."
     raise TypeError(f"this {type(model).__name__} is not covered: {reason}")
@@ -141,7 +141,7 @@ def norm_weights(norm) -> Norm:
     gamma = torch.ones(d, **device) if norm.weight is None else norm.weight
     return Norm(gamma, torch.zeros(d, **device) if norm.bias is None else norm.bias, norm.eps)
 
-
+# %% ../nbs/library/components.ipynb #34f38712
 def fused_attention_weights(qkv, proj, heads, scale) -> Attention:
     "The matrices of an attention whose queries, keys and values are one linear layer, in this order."
     d = qkv.in_features
@@ -150,7 +150,7 @@ def fused_attention_weights(qkv, proj, heads, scale) -> Attention:
     O = proj.weight.view(proj.out_features, heads, -1).transpose(0, 1)  # input columns: heads x d_head
     return Attention(weight[0], bias[0], weight[1], bias[1], weight[2], bias[2], O, zero_bias(proj), scale)
 
-# %% ../nbs/library/components.ipynb #af460cae
+# %% ../nbs/library/components.ipynb #4242bcc2
 def check_timm_block(model, block):
     "Refuse, with the reason, blocks that are not five plain components in pre-norm order."
     if type(block) is not Block:
@@ -179,12 +179,12 @@ def check_timm_block(model, block):
         if not isinstance(norm, nn.LayerNorm):
             refuse(model, f"its blocks normalise with {type(norm).__name__}, expected LayerNorm")
 
-
+# %% ../nbs/library/components.ipynb #e017cf89
 def named(model, prefix) -> dict:
     "Full names and parameters of the submodule called `prefix`."
     return {f"{prefix}.{k}": p for k, p in model.get_submodule(prefix).named_parameters()}
 
-# %% ../nbs/library/components.ipynb #623e3b14
+# %% ../nbs/library/components.ipynb #dc2f2f78
 @anatomy.register
 def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
     "The anatomy of a pre-norm timm VisionTransformer."
@@ -225,7 +225,7 @@ def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
         reset_head=reset_head,
     )
 
-
+# %% ../nbs/library/components.ipynb #efad39c7
 def uncovered(model, prefix, components, allowed) -> dict:
     """Parameters under `prefix` outside every component; TypeError if one is in two components, or in none
     without an allowed name."""
@@ -237,7 +237,7 @@ def uncovered(model, prefix, components, allowed) -> dict:
         refuse(model, f"parameters in no component: {unknown}")
     return rest
 
-# %% ../nbs/library/components.ipynb #9bced1ff
+# %% ../nbs/library/components.ipynb #ad0d3152
 INPUTS = ("embedding", "native")
 
 
@@ -257,7 +257,7 @@ def fit(tokens, width) -> torch.Tensor:
     "Tokens (N, n, d) padded with zeros, or cut, to the given width."
     return nn.functional.pad(tokens, (0, width - tokens.shape[-1]))
 
-
+# %% ../nbs/library/components.ipynb #c49b4856
 def visit(parts: Anatomy, images, inputs, see, outputs=True):
     """Call see(index, component, tokens_in, tokens_out) for every component, with the tokens of the chosen
     input protocol.

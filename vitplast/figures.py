@@ -32,7 +32,7 @@ STYLE = {
 }  # fmt: skip
 WIDTH = 7.2  # inches, of every figure
 
-# %% ../nbs/library/figures.ipynb #62550cd8
+# %% ../nbs/library/figures.ipynb #145d0de9
 class BookFigure(Figure):
     "A figure that shows itself as SVG in any notebook, without pyplot and its global state."
 
@@ -46,7 +46,7 @@ def panels(columns=1, rows=1, height=2.8, **kwargs):
         figure = BookFigure(figsize=(WIDTH, height * rows), layout="constrained")
         return figure, figure.subplots(rows, columns, **kwargs)
 
-
+# %% ../nbs/library/figures.ipynb #67aa42d1
 def as_svg(figure) -> str:
     "A figure as SVG text, the same bytes on every call, to be put inline into a page."
     buffer = io.StringIO()
@@ -54,7 +54,7 @@ def as_svg(figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue().split("?>", 1)[1].split('dtd">', 1)[-1].strip()
 
-
+# %% ../nbs/library/figures.ipynb #233e5efe
 def contact_sheet(images, columns=16, width=768) -> Image.Image:
     "Images (N, 1 or 3, H, W) in [0, 1] side by side, enlarged by a whole factor to about `width` pixels."
     n, channels, height, side = images.shape

@@ -28,7 +28,7 @@ from .components import KINDS, Component, anatomy, evaluating
 from .models import prepare
 from .tasks import Split, Task
 
-# %% ../nbs/library/finetune.ipynb #6539f7d0
+# %% ../nbs/library/finetune.ipynb #7874ca37
 CHOICES = (*KINDS, "all", "head")
 
 
@@ -66,7 +66,7 @@ def select(model, components, head=True, final_norm=False) -> dict:
         )
     return {n: p for n, p in model.named_parameters() if n in chosen}  # in the model's order, each once
 
-
+# %% ../nbs/library/finetune.ipynb #82f811c4
 class trainable:
     """Train the chosen components (and the head) only: freezes all else at once; as a context manager it
     restores the old state at the end.
@@ -102,7 +102,7 @@ class trainable:
             f" {self.names[0]} ... {self.names[-1]}"
         )
 
-# %% ../nbs/library/finetune.ipynb #0ddca017
+# %% ../nbs/library/finetune.ipynb #2bc226fc
 @dataclass(frozen=True)
 class FinetuneConfig:
     "How to train; a run depends on this, the task, the model and the components alone."
@@ -142,7 +142,7 @@ class FinetuneConfig:
             )
         return cls(**d)
 
-
+# %% ../nbs/library/finetune.ipynb #aed5ec63
 def warmup_cosine(step, steps, warmup) -> float:
     "Factor of the learning rate at a step (from 0): linear warm-up over the share `warmup`, then a half cosine towards zero."
     warm = max(1, round(warmup * steps))
@@ -171,7 +171,7 @@ def evaluate(model, split: Split, batch_size=256) -> tuple:
             correct += (logits.argmax(1) == labels).sum().item()
     return loss / len(split), correct / len(split)
 
-# %% ../nbs/library/finetune.ipynb #a23a3012
+# %% ../nbs/library/finetune.ipynb #2da0f0d2
 @dataclass(eq=False)
 class Run:
     "One finetuning: what was asked, what happened, and the model at its best validation step."
@@ -199,13 +199,13 @@ class Run:
         }
         return d | {"config": asdict(self.config), "history": self.history.to_dict("list")}
 
-
+# %% ../nbs/library/finetune.ipynb #e47289b3
 def label(components) -> str:
     "The name of a selection: kinds joined by '+'."
     items = [components] if isinstance(components, (str, Component)) else components
     return "+".join(c.name if isinstance(c, Component) else c for c in items)
 
-
+# %% ../nbs/library/finetune.ipynb #30178810
 def new_head(model, n_classes, seed):
     "Put a linear head on the model: small normal weights from the seed, biases zero."
     parts = anatomy(model)
@@ -225,7 +225,7 @@ def check_fit(model, task: Task):
             f" size={expected[-1]})"
         )
 
-# %% ../nbs/library/finetune.ipynb #1c978894
+# %% ../nbs/library/finetune.ipynb #60154102
 class Best(NamedTuple):
     "The best reading of the validation split so far."
 
@@ -233,7 +233,7 @@ class Best(NamedTuple):
     accuracy: float
     state: dict  # of what trains, and of buffers
 
-
+# %% ../nbs/library/finetune.ipynb #fc1f67db
 def training_mode(model):
     "The model in training mode, except batch norms that are frozen: their running statistics are frozen too."
     model.train()
@@ -246,7 +246,7 @@ def total_norm(parameters) -> torch.Tensor:
     "Norm of the gradients of all parameters together, NaN without any."
     return torch.stack([p.grad.norm() for p in parameters]).norm() if parameters else torch.tensor(math.nan)
 
-
+# %% ../nbs/library/finetune.ipynb #aaed8070
 def train(model, task, training, config, tqdm_label=None) -> tuple:
     "The training loop: the history, and the best validation reading (None if none was finite)."
     head = anatomy(model).head()

@@ -38,7 +38,7 @@ def normal(g: torch.Generator, *shape) -> torch.Tensor:
     "Standard normal numbers of the given shape, on the generator's device."
     return torch.randn(*shape, generator=g, device=g.device)
 
-# %% ../nbs/library/images.ipynb #1074819e
+# %% ../nbs/library/images.ipynb #14a4d707
 class Affine(NamedTuple):
     "Maps image coordinates to shape coordinates: p -> A (p - shift)."
 
@@ -65,7 +65,7 @@ def random_affine(g, hardness, rotation=0.35, scale=(0.75, 1.5), shift=0.3) -> A
     matrix = torch.stack([r * zoom for r in rows], -1).view(n, 2, 2)
     return Affine(matrix, uniform(g, n, 1, 2, low=-shift, high=shift) * hardness.view(n, 1, 1))
 
-
+# %% ../nbs/library/images.ipynb #6dd64720
 def pixel_grid(size, device="cpu") -> torch.Tensor:
     "Pixel centres of a size x size image in [-1, 1], row by row: (size * size, 2), x first."
     side = (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
@@ -230,7 +230,7 @@ def colour(g, mask, front, back, hardness, flat=(0.5, 0.3), noise=0.06):
     image = image + uniform(g, n, 1, 1, high=noise) * normal(g, *image.shape)
     return image.clamp(0, 1), ~flat_front, ~flat_back
 
-# %% ../nbs/library/images.ipynb #5978c234
+# %% ../nbs/library/images.ipynb #7cc303c9
 FAMILIES = {"contour": Contours, "stroke": Strokes, "fractal": Fractals}
 
 
@@ -243,7 +243,7 @@ class FormulaBatch(NamedTuple):
     back: torch.Tensor  # (N,) texture class of the background, -1 where flat
     mask: torch.Tensor  # (N, S, S) in [0, 1]
 
-
+# %% ../nbs/library/images.ipynb #442b2602
 class FormulaImages:
     "An endless stream of labelled formula images; the classes follow from the configuration alone."
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from .store import replacing
 
-# %% ../nbs/library/models.ipynb #a74fd99f
+# %% ../nbs/library/models.ipynb #ad82ef0c
 @dataclass(frozen=True)
 class ViTConfig:
     "The architecture of a Vision Transformer, and how its images are normalised."
@@ -49,7 +49,7 @@ class ViTConfig:
                 f"width={self.width}: expected a multiple of 4, for the sines and cosines of the positions"
             )
 
-
+# %% ../nbs/library/models.ipynb #d2d681ea
 def positions(config: ViTConfig) -> torch.Tensor:
     "Sines and cosines of the row and the column of each patch at width / 4 frequencies: (patches, width)."
     n, quarter = config.size // config.patch, config.width // 4
@@ -59,7 +59,7 @@ def positions(config: ViTConfig) -> torch.Tensor:
     angles = torch.stack([row, column], -1).view(n * n, 2, 1) * frequency  # (patches, 2, width / 4)
     return torch.cat([angles.sin(), angles.cos()], -1).view(n * n, config.width)
 
-
+# %% ../nbs/library/models.ipynb #9b4a56c1
 def build(config: ViTConfig, seed=0) -> VisionTransformer:
     """The untrained network of a configuration; the same seed gives the same weights, and torch's global
     generator is left alone."""
@@ -86,7 +86,7 @@ def build(config: ViTConfig, seed=0) -> VisionTransformer:
     }
     return model.eval()
 
-# %% ../nbs/library/models.ipynb #d254bf24
+# %% ../nbs/library/models.ipynb #33324774
 HEADER = "vitplast"  # the key of our text in a safetensors header
 EXTENSION = ".safetensors"
 
@@ -97,7 +97,7 @@ def save(model, config: ViTConfig, path):
     with replacing(path) as file:
         save_file(tensors, file, metadata={HEADER: json.dumps(asdict(config))})
 
-
+# %% ../nbs/library/models.ipynb #a8474606
 def read(path) -> tuple:
     "The text of our header and the tensors of a safetensors file; ValueError for a damaged or foreign one."
     try:
@@ -116,7 +116,7 @@ def read(path) -> tuple:
     except ValueError as error:
         raise ValueError(f"{path}: its vitplast header is not JSON ({error})") from None
 
-
+# %% ../nbs/library/models.ipynb #a43c6a85
 def load_local(path) -> VisionTransformer:
     "The model in a file that `save` wrote."
     header, tensors = read(path)
@@ -137,7 +137,7 @@ def load_local(path) -> VisionTransformer:
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/library/models.ipynb #572064f0
+# %% ../nbs/library/models.ipynb #ce63882e
 SHIPPED = Path(__file__).parent / "data" if "__file__" in globals() else Path("../../vitplast/data")
 
 
@@ -154,7 +154,7 @@ def card(name="formula-vit") -> dict:
         raise ValueError(f"no card for {name!r}: expected one of {shipped()}")
     return json.loads(path.read_text())
 
-
+# %% ../nbs/library/models.ipynb #eb669dbd
 def load_checkpoint(name, path, **timm_kwargs) -> nn.Module:
     "A timm model with the weights of a safetensors file; files that can hold code (.pth, .bin) are refused."
     if not Path(path).is_file():
@@ -166,7 +166,7 @@ def load_checkpoint(name, path, **timm_kwargs) -> nn.Module:
     except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: no weights for {name} ({error})") from None
 
-
+# %% ../nbs/library/models.ipynb #3cc46666
 def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 

@@ -40,7 +40,7 @@ def pair_ratios(parts, x, y, inputs) -> torch.Tensor:
         raise ValueError(f"{parts.components[int(broken.nonzero()[0])]}: its tokens are NaN or infinite")
     return torch.where(apart > 0, moved / apart, torch.nan).T
 
-# %% ../nbs/theory/plasticity.ipynb #694cf488
+# %% ../nbs/theory/plasticity.ipynb #8b8a5854
 def fingerprints(images) -> torch.Tensor:
     "A 64-bit hash per image (N,): equal for equal images, and for others with a chance of 2^-63 or so."
     g = torch.Generator().manual_seed(0)
@@ -48,7 +48,7 @@ def fingerprints(images) -> torch.Tensor:
     bits = images.contiguous().view(torch.int64 if images.dtype == torch.float64 else torch.int32)
     return (bits.long() * odd.to(images.device)).flatten(1).sum(1)  # integers wrap around, in any order
 
-
+# %% ../nbs/theory/plasticity.ipynb #6038755c
 def pair_groups(first, second) -> np.ndarray:
     """Label (N,) of each pair so that pairs with different labels share no image; the arguments are the
     fingerprints (N,) of the pairs' images."""
@@ -57,7 +57,7 @@ def pair_groups(first, second) -> np.ndarray:
     graph = coo_array((np.ones(n), (nodes[:n], nodes[n:])), shape=(size, size))
     return np.unique(connected_components(graph, directed=False)[1][nodes[:n]], return_inverse=True)[1]
 
-
+# %% ../nbs/theory/plasticity.ipynb #631a2d65
 def bootstrap_interval(ratios, groups, confidence=0.95, resamples=1000, seed=0) -> np.ndarray:
     """Percentile interval (2, components) of the mean of ratios (N, components), NaN left out, resampling
     whole groups; NaN with a single group."""
@@ -77,7 +77,7 @@ def bootstrap_interval(ratios, groups, confidence=0.95, resamples=1000, seed=0) 
         pd.DataFrame(means).quantile([tail, 1 - tail]).to_numpy()
     )  # leaves out resamples without a single ratio
 
-# %% ../nbs/theory/plasticity.ipynb #5e43be5d
+# %% ../nbs/theory/plasticity.ipynb #3edd0fa2
 PAIRS = ("paired",)
 FEW = 10  # groups of images below which a bootstrap interval promises too much
 
@@ -93,7 +93,7 @@ def rebatch(batches, size):
     if held is not None and len(held):
         yield held
 
-
+# %% ../nbs/theory/plasticity.ipynb #0cc631f6
 def image_batches(parts, source, size, like, what):
     """Checked batches from a tensor (N, C, H, W) or an iterable of batches, on the device of the tensor `like`.
 
@@ -117,7 +117,7 @@ def image_batches(parts, source, size, like, what):
     for images in rebatch(checked(), size):
         yield images.to(like.device)
 
-
+# %% ../nbs/theory/plasticity.ipynb #513875b8
 def plasticity(
     model, x, y, inputs="embedding", pairs="paired", batch_size=64, confidence=0.95, progress=False
 ) -> pd.DataFrame:
@@ -156,7 +156,7 @@ def plasticity(
     groups = pair_groups(*torch.cat(prints, 1).cpu().numpy())
     return summarise(parts.components, torch.cat(ratios).double().cpu().numpy(), groups, inputs, confidence)
 
-
+# %% ../nbs/theory/plasticity.ipynb #3e1452b2
 def summarise(components, ratios, groups, inputs, confidence) -> pd.DataFrame:
     "The frame of `plasticity` from ratios (N, components) and the group (N,) of each pair."
     zero = np.isnan(ratios).sum(0)

@@ -6,9 +6,8 @@
 __all__ = ['LOG_EVERY', 'SAVE_EVERY', 'PretrainConfig', 'Heads', 'patches', 'losses', 'Pretraining', 'train', 'hardware',
            'finish']
 
-# %% ../nbs/library/pretrain.ipynb #762e1144
+# %% ../nbs/library/pretrain.ipynb #4d64a943
 import json
-import math
 import platform
 import time
 from dataclasses import asdict, dataclass, field
@@ -63,7 +62,7 @@ class PretrainConfig:
         "The inverse of dataclasses.asdict."
         return cls(**{**d, "vit": ViTConfig(**d["vit"]), "formula": FormulaConfig(**d["formula"])})
 
-# %% ../nbs/library/pretrain.ipynb #fdb3b11f
+# %% ../nbs/library/pretrain.ipynb #15b2b5cc
 class Heads(nn.Module):
     "Linear readouts of the pretraining tasks: shape from the mean token, texture and mask from each token."
 
@@ -79,7 +78,7 @@ def patches(mask, patch) -> torch.Tensor:
     "Cut masks (N, S, S) into patches, in the order of the tokens: (N, tokens, patch * patch)."
     return F.unfold(mask[:, None], patch, stride=patch).transpose(1, 2)
 
-
+# %% ../nbs/library/pretrain.ipynb #23832b13
 def losses(model, heads, batch, config) -> dict:
     "The three losses and the two accuracies of one batch."
     x = (batch.images - config.vit.mean) / config.vit.std
@@ -217,27 +216,18 @@ def train(config: PretrainConfig, state, device="cpu", progress=True) -> Pretrai
         bar.close()
     return run
 
-# %% ../nbs/library/pretrain.ipynb #ba80abf6
+# %% ../nbs/library/pretrain.ipynb #1f21a300
 def hardware(device) -> str:
     "The processor or GPU that a device names, and the number of threads of a CPU."
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return (
-        f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()}"
-        " threads"
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
-
+# %% ../nbs/library/pretrain.ipynb #c414a818
 def finish(run: Pretraining, path) -> dict:
     "Write the weights to `path` and the card beside it; returns the card."
     path, model = Path(path), run.model.cpu().eval()

@@ -6,9 +6,8 @@
 __all__ = ['CSS', 'FOOTNOTE', 'spread', 'large', 'display_frame', 'text_table', 'chain', 'findings', 'difference_noise',
            'figure_html', 'table_html', 'figures', 'report_html']
 
-# %% ../nbs/library/report.ipynb #206634e7
+# %% ../nbs/library/report.ipynb #0d100b4b
 import html
-import json
 import math
 
 import pandas as pd
@@ -16,7 +15,6 @@ import pandas as pd
 from .components import KINDS
 from vitplast.figures import (
     COLOURS,
-    THEORY_ORDER,
     against_accuracy,
     as_png,
     as_svg,
@@ -27,7 +25,7 @@ from vitplast.figures import (
 from .study import Study, rank_agreement, summary
 from .tasks import pretraining_images, task
 
-# %% ../nbs/library/report.ipynb #897a8beb
+# %% ../nbs/library/report.ipynb #60c08347
 def spread(accuracies) -> str:
     "Mean and sample standard deviation in percent: '71.2 ± 0.4', the mean alone for one value."
     series = pd.Series(accuracies) * 100
@@ -38,7 +36,7 @@ def large(value) -> str:
     "Three significant digits, in scientific notation from 10,000 on."
     return "" if math.isnan(value) else f"{value:.1e}" if value >= 1e4 else f"{value:.3g}"
 
-
+# %% ../nbs/library/report.ipynb #64abedfe
 def display_frame(s: Study) -> pd.DataFrame:
     "The summary as strings for people, in the order of test accuracy."
     t = summary(s)
@@ -59,7 +57,7 @@ def display_frame(s: Study) -> pd.DataFrame:
         "rate": [f"{v:g}" for v in t.lr],
     })  # fmt: skip
 
-
+# %% ../nbs/library/report.ipynb #bcf3d1fa
 def text_table(frame) -> str:
     "A frame of strings as aligned columns: the first to the left, the others to the right."
     widths = [max(len(c), *map(len, frame[c])) for c in frame]
@@ -69,12 +67,12 @@ def text_table(frame) -> str:
         for row in rows
     )
 
-# %% ../nbs/library/report.ipynb #6d1a145a
+# %% ../nbs/library/report.ipynb #8489daaa
 def chain(names) -> str:
     "Names joined as an order."
     return " > ".join(names)
 
-
+# %% ../nbs/library/report.ipynb #cb0584c7
 def findings(s: Study) -> list:
     "Sentences about a study of two or more components, each computed from its frames."
     t = summary(s)
@@ -110,7 +108,7 @@ def findings(s: Study) -> list:
         )
     return lines
 
-
+# %% ../nbs/library/report.ipynb #809ed0e2
 def difference_noise(first, second, n) -> float:
     """Standard error of the difference between the accuracies of two rows on n independent images.
 
@@ -118,7 +116,7 @@ def difference_noise(first, second, n) -> float:
     """
     return math.sqrt(sum(a * (1 - a) for a in (first.test_accuracy, second.test_accuracy)) / n)
 
-# %% ../nbs/library/report.ipynb #b3a5f6ee
+# %% ../nbs/library/report.ipynb #87df2257
 CSS = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --soft: #6b6b70; --line: #d8d8dc; --ground: #fff; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ececf0; --soft: #a0a0a8; --line: #3c3c44; --ground: #18181b; } }
@@ -131,7 +129,7 @@ figure { margin: 1.2rem 0; } figure svg, figure img { width: 100%; max-width: 52
 figcaption, .soft { color: var(--soft); font-size: .88rem; } code { font-size: .9em; }
 """
 
-
+# %% ../nbs/library/report.ipynb #a98ec6fd
 def figure_html(content, caption) -> str:
     "A figure element with a caption that also serves as its alternative text."
     safe = html.escape(caption, quote=True)
@@ -155,7 +153,7 @@ def table_html(frame) -> str:
         body += "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/library/report.ipynb #6e052c5d
+# %% ../nbs/library/report.ipynb #ca394d08
 FOOTNOTE = (
     "plasticity: mean over blocks of ||f(x) - f(y)|| / ||x - y|| on what each component receives, with the"
     " lowest and the highest block; embedding: the same with the first block's input everywhere. bound:"
@@ -192,7 +190,7 @@ def figures(s: Study) -> list:
         ),
     ]
 
-
+# %% ../nbs/library/report.ipynb #e5836718
 def report_html(s: Study) -> str:
     "A study as one self-contained HTML page."
     f, made = s.facts, task(s.facts["task"])
@@ -221,6 +219,6 @@ def report_html(s: Study) -> str:
 {table_html(display_frame(s))}<p class="soft">{html.escape(FOOTNOTE)}</p>
 <h2>How plastic is each component?</h2>{plots}
 <h2>The images</h2>{pictures}
-<h2>How this was made</h2><p class="soft">{html.escape(grid)}. The learning rate and the step are chosen on validation, the test images are read once per run. {html.escape(versions)}.</p>
+<h2>How this was made</h2><p class="soft">{html.escape(grid)}, on {html.escape(f["hardware"])}. The learning rate and the step are chosen on validation, the test images are read once per run. {html.escape(versions)}.</p>
 </body></html>
 """

@@ -47,7 +47,7 @@ def key(config) -> str:
     "Sixteen hexadecimal digits that name a configuration."
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
 
-# %% ../nbs/library/store.ipynb #0d6d48aa
+# %% ../nbs/library/store.ipynb #92ca067e
 def finite(value):
     "The same nested lists and dictionaries with every number that JSON cannot hold replaced by None."
     if isinstance(value, dict):
@@ -56,7 +56,7 @@ def finite(value):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
+# %% ../nbs/library/store.ipynb #6c5d6018
 class Store:
     "A folder of records; reading and writing are safe while other processes do the same."
 

@@ -6,17 +6,19 @@
 __all__ = ['FRAMES', 'StudyConfig', 'digest', 'materials', 'code_digest', 'run_one', 'start_worker', 'cores', 'run_grid', 'Study',
            'run_frame', 'best_rates', 'chosen_curves', 'study', 'summary', 'rank_agreement']
 
-# %% ../nbs/library/study.ipynb #dd33d817
+# %% ../nbs/library/study.ipynb #e580df62
+import ast
 import hashlib
 import json
 import os
 import platform
 import signal
-import time
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from .components import INPUTS, KINDS
 from .finetune import CHOICES, FinetuneConfig, finetune, linear_probe
 from .models import load, prepare
 from .plasticity import plasticity
+from .pretrain import hardware
 from .store import Store, finite, replacing
 from .tasks import pretraining_images, task
 
@@ -55,7 +58,7 @@ class StudyConfig:
             for seed in self.seeds for s in self.selections for lr in self.lrs
         ]  # fmt: skip
 
-# %% ../nbs/library/study.ipynb #0fcf58e4
+# %% ../nbs/library/study.ipynb #eaea3ae6
 def digest(tensors) -> str:
     "Twelve hexadecimal digits of the contents of tensors, in order."
     sha = hashlib.sha256()
@@ -73,11 +76,10 @@ def materials(model_name, task_name) -> tuple:
 
 
 def code_digest() -> str:
-    "Twelve hexadecimal digits of the source text that a run's numbers follow from."
-    sources = (
-        Path(vitplast.__file__).with_name(f"{name}.py") for name in ("components", "finetune", "models")
-    )
-    return hashlib.sha256(b"".join(s.read_bytes() for s in sources)).hexdigest()[:12]
+    "Twelve hexadecimal digits of the code that a run's numbers follow from; comments do not count."
+    folder = Path(vitplast.__file__).parent
+    sources = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in ("components", "finetune", "models")]
+    return hashlib.sha256("".join(ast.dump(ast.parse(s)) for s in sources).encode()).hexdigest()[:12]
 
 
 def run_one(model_name, task_name, selection, config: FinetuneConfig) -> dict:
@@ -86,18 +88,24 @@ def run_one(model_name, task_name, selection, config: FinetuneConfig) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return finetune(model.to(device), made, selection, config).record()
 
-
+# %% ../nbs/library/study.ipynb #38e493b6
 def start_worker():
-    "Of each worker process: one thread, and Ctrl-C ends it without a word."
+    "Of each worker process: one thread; Ctrl-C ends it without a word, and so does the end of its parent."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
+
+    def follow():  # a killed parent cannot say goodbye, and its workers would wait for it for ever
+        wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def cores() -> int:
     "How many cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-
+# %% ../nbs/library/study.ipynb #1f9104b4
 def run_grid(config: StudyConfig, store: Store, progress=True) -> list:
     "Records of all runs of the grid, in its order; those in the store are not computed again."
     *_, weights, images = materials(config.model, config.task)
@@ -125,7 +133,7 @@ def run_grid(config: StudyConfig, store: Store, progress=True) -> list:
                 raise
     return [found[i] for i in range(len(grid))]
 
-# %% ../nbs/library/study.ipynb #7a972bc6
+# %% ../nbs/library/study.ipynb #1046c59a
 FRAMES = ("plasticity", "bounds", "runs", "curves")
 
 
@@ -153,7 +161,7 @@ class Study:
         frames = [pd.read_csv(Path(folder) / f"{name}.csv") for name in FRAMES]
         return cls(*frames, json.loads((Path(folder) / "facts.json").read_text()))
 
-
+# %% ../nbs/library/study.ipynb #61dc29f2
 def run_frame(records) -> pd.DataFrame:
     "One row per run: its settings, what came out, and the mean gradient norm over its steps."
     rows = []
@@ -166,7 +174,7 @@ def run_frame(records) -> pd.DataFrame:
         })  # fmt: skip
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/library/study.ipynb #e10a0474
 def best_rates(runs) -> pd.Series:
     "The learning rate with the highest mean validation accuracy over seeds, per component."
     return runs.groupby(["component", "lr"]).validation_accuracy.mean().unstack().idxmax(axis=1)
@@ -186,7 +194,7 @@ def chosen_curves(records, runs, every=10) -> pd.DataFrame:
             frames.append(means.assign(component=name, lr=c["lr"], seed=c["seed"]).reset_index(drop=True))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/library/study.ipynb #a92c582f
+# %% ../nbs/library/study.ipynb #cc4ab4ed
 def study(config: StudyConfig, out, progress=True) -> Study:
     """Measure, bound and finetune; runs are kept in out/runs and the frames in `out`. The same
     configuration gives the same numbers."""
@@ -212,12 +220,13 @@ def study(config: StudyConfig, out, progress=True) -> Study:
             "vitplast": vitplast.__version__, "torch": torch.__version__, "timm": timm.__version__,
             "python": platform.python_version(),
         },
+        "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
     }  # fmt: skip
     result = Study(pd.concat(plastic), pd.concat(bound), runs, chosen_curves(records, runs), facts)
     result.save(out)
     return result
 
-# %% ../nbs/library/study.ipynb #75e06096
+# %% ../nbs/library/study.ipynb #f4e3c034
 def summary(s: Study) -> pd.DataFrame:
     """One row per selection, best mean test accuracy first: plasticity (mean, lowest and highest block),
     bound, gradient norm, accuracies."""
@@ -250,7 +259,7 @@ def summary(s: Study) -> pd.DataFrame:
         rows.append(row)
     return pd.DataFrame(rows).sort_values("test_accuracy", ascending=False, ignore_index=True)
 
-
+# %% ../nbs/library/study.ipynb #4417bbe4
 def rank_agreement(table, value="plasticity") -> tuple:
     "Spearman's rank correlation of a column and the test accuracy over the components, and its exact two-sided p value (all orders)."
     rows = table[table.component.isin(KINDS)]

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 
 from .images import FormulaConfig, FormulaImages, random_affine
 
-# %% ../nbs/library/tasks.ipynb #ceb8eb85
+# %% ../nbs/library/tasks.ipynb #13661e7a
 class Split(NamedTuple):
     "Images and their classes."
 
@@ -31,7 +31,7 @@ class Split(NamedTuple):
     def __len__(self):  # a NamedTuple would count its fields
         return len(self.labels)
 
-
+# %% ../nbs/library/tasks.ipynb #d1297f1d
 @dataclass(frozen=True, eq=False)
 class Task:
     "A classification task in three splits."
@@ -74,7 +74,7 @@ def split_indices(labels, names, seed=0) -> tuple:
             part.append(chosen)
     return tuple(np.sort(np.concatenate(p)) for p in parts)
 
-# %% ../nbs/library/tasks.ipynb #d58718af
+# %% ../nbs/library/tasks.ipynb #cfe7e555
 TASK_SEED = (
     999  # of the textures of the tasks; pretrainings draw theirs from FormulaConfig.seed, 0 by default
 )
@@ -94,7 +94,7 @@ def render(sources, formula: FormulaImages, g) -> torch.Tensor:
     mask = F.grid_sample(sources, where, align_corners=False).view(n, -1)
     return to_bytes(formula.paint(mask, torch.zeros(n, dtype=torch.long), g).images)
 
-
+# %% ../nbs/library/tasks.ipynb #7486437e
 @lru_cache(maxsize=1)
 def digits() -> Task:
     "Real handwritten digits (scikit-learn, 1,797 sources) rendered on textured grounds, 10 classes, 32 x 32."
@@ -110,7 +110,7 @@ def digits() -> Task:
         splits[name] = Split(images, labels[rows])
     return Task("digits", tuple("0123456789"), **splits, test_sources=len(splits["test"]) // COPIES["test"])
 
-# %% ../nbs/library/tasks.ipynb #05d592c4
+# %% ../nbs/library/tasks.ipynb #83d85055
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
@@ -131,7 +131,7 @@ def read_image(path, size) -> torch.Tensor:
         raise ValueError(f"{path}: not a readable image ({error})") from None
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
-
+# %% ../nbs/library/tasks.ipynb #a94d5bbe
 def folder(path, size=224) -> Task:
     """The task in a folder of class folders; ValueError if it is empty, has a single class or a class with
     fewer than three images."""
