@@ -17,9 +17,11 @@ from vitplast.store import finite
 from vitplast.study import Study, StudyConfig, best_rates, rank_agreement, run_one, summary
 
 SCRIPT = """
-import sys
+import os, sys
 from vitplast.study import StudyConfig, study
 if __name__ == "__main__":
+    if hasattr(os, "sched_setaffinity"):  # two workers on any machine, so that the grid is not over at once
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     study(StudyConfig(selections=("head", "LN1", "MHA"), lrs=(0.01, 0.03), seeds=(0,), steps=int(sys.argv[2]), pairs=8), sys.argv[1])
 """
 

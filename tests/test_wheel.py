@@ -17,7 +17,7 @@ def test_the_wheel_runs_the_demonstration_in_a_clean_environment(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, *pip, "install", wheel], check=True)
-    installed = json.loads(subprocess.run([python, *pip, "list", "--format", "json"], check=True, capture_output=True, text=True).stdout)
+    installed = json.loads(subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True, text=True).stdout)
     assert not {p["name"].lower() for p in installed} & {"nbdev", "jupyter-book", "ray", "transformers", "peft", "pytest"}
     done = subprocess.run([python.with_name("vitplast"), "demo", "--json", "--out", "out"], cwd=tmp_path, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
