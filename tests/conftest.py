@@ -1,13 +1,17 @@
 """Small models and tasks that every test can afford."""
+import os
+import tempfile
 import warnings
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from vitplast.tasks import Split, Task
+from vitplast.data import Split, Task
 
 torch.set_num_threads(1)
+_cache = tempfile.TemporaryDirectory()  # removed at the end of the session
+os.environ["VITPLAST_CACHE"] = _cache.name
 
 
 def tiny_vit(seed=0, **kwargs) -> VisionTransformer:

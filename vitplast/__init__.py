@@ -5,12 +5,13 @@ __version__ = "0.1.0"
 # Some functions bear the name of their module (vitplast.plasticity): imported here, the function is what `vp.plasticity` means.
 from vitplast.bounds import bounds
 from vitplast.components import Component, components
+from vitplast.data import Task
 from vitplast.finetune import FinetuneConfig, Run, finetune, linear_probe, trainable
 from vitplast.models import load
 from vitplast.plasticity import plasticity
-from vitplast.tasks import Task, task
+from vitplast.tasks import task, tasks
 
 __all__ = [
     "Component", "FinetuneConfig", "Run", "Task",
-    "bounds", "components", "finetune", "linear_probe", "load", "plasticity", "task", "trainable",
+    "bounds", "components", "finetune", "linear_probe", "load", "plasticity", "task", "tasks", "trainable",
 ]  # fmt: skip

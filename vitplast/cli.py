@@ -88,16 +88,22 @@ def demo(
         )
     typer.echo(f"{out / 'report.html'} written, {time.monotonic() - started:.0f} s", err=True)
 
-# %% ../nbs/library/cli.ipynb #8fc97021
+# %% ../nbs/library/cli.ipynb #c4102f54
 @app.command()
 def pretrain(
     out: Path = typer.Option(
-        Path("formula-vit.safetensors"), help="File for the weights; its card and its state lie beside it."
+        Path("formula-vit.safetensors"), help="File for the weights; card, log, state and snapshots lie beside it."
     ),
-    images: int = typer.Option(2_400_000, min=64, help="Formula images to train on, each seen once."),
+    size: str = typer.Option("small", help="tiny, small (formula-vit), base, or large (64 x 64, for a GPU)."),
+    steps: int = typer.Option(28_125, min=1, help="Updates; every image is drawn anew and seen once."),
+    batch: int = typer.Option(64, min=1, help="Images per update."),
+    lr: float = typer.Option(2e-3, min=0, help="Largest learning rate, of AdamW."),
+    snapshots: str = typer.Option("", help="Shares of the training to keep the weights after, as 0.125,0.5."),
+    probes: int = typer.Option(20, min=1, help="Linear probes on the digits' validation split, for the log."),
     seed: int = typer.Option(0, min=0, help="Of the first weights and of the images."),
     device: str = typer.Option("auto", help="cpu, cuda, or auto: a GPU if there is one."),
-    bf16: bool = typer.Option(False, "--bf16", help="Train in bfloat16 where the device is faster in it."),
+    bf16: bool = typer.Option(None, "--bf16/--no-bf16", help="Train in bfloat16; by default on a GPU."),
+    compiled: bool = typer.Option(None, "--compile/--no-compile", help="Use torch.compile; by default on a GPU."),
     threads: int = typer.Option(0, min=0, help="CPU threads, 0 for torch's choice."),
 ):
     """Pretrain a small Vision Transformer on formula images. Resumable: the same command goes on where it
@@ -105,24 +111,39 @@ def pretrain(
 
     Examples:
 
-        vitplast pretrain --images 300000 --out tiny.safetensors
+        vitplast pretrain --size tiny --steps 4000 --out tiny.safetensors
+
+        vitplast pretrain --size large --steps 40000 --batch 256 --lr 1e-3 --device cuda --out large.safetensors
     """
     import torch
 
+    from vitplast.images import FormulaConfig
     from vitplast.models import EXTENSION
-    from vitplast.pretrain import PretrainConfig, finish, train
+    from vitplast.pretrain import SIZES, PretrainConfig, publish, train
 
-    state = out.with_suffix(".state")
-    with plain_errors(f"The state is kept in {state}; the same command goes on from there."):
+    with plain_errors(f"The state is kept in {out.with_suffix('.state')}; the same command goes on from there."):
         if threads:
             torch.set_num_threads(threads)
         devices = ["auto", "cpu"] + ["cuda"] * torch.cuda.is_available()
         if device not in devices:
             raise ValueError(f"device {device!r}: expected one of {devices} on this machine")
+        if size not in SIZES:
+            raise ValueError(f"size {size!r}: expected one of {list(SIZES)}")
         if out.suffix != EXTENSION:
             raise ValueError(f"--out {out}: expected a name that ends in {EXTENSION}")
+        try:
+            shares = [float(s) for s in snapshots.split(",") if s.strip()]
+        except ValueError:
+            raise ValueError(f"--snapshots {snapshots!r}: expected shares of the training, as in 0.125,0.5") from None
         device = devices[-1] if device == "auto" and len(devices) > 2 else device.replace("auto", "cpu")
-        card = finish(train(PretrainConfig(images=images, seed=seed, bf16=bf16), state, device), out)
+        fast = {"bf16": bf16, "compiled": compiled}
+        fast = {k: device == "cuda" if v is None else v for k, v in fast.items()}
+        config = PretrainConfig(
+            vit=SIZES[size], formula=FormulaConfig(size=SIZES[size].size), images=steps * batch, batch=batch, lr=lr,
+            bf16=fast["bf16"], seed=seed,
+        )  # fmt: skip
+        run = train(config, out, device, shares, probes, fast["compiled"])
+        card = publish(run, out)
     typer.echo(json.dumps(card["linear_probe"], indent=1))
 
 # %% ../nbs/library/cli.ipynb #af588645

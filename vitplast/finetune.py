@@ -7,7 +7,7 @@ __all__ = ['CHOICES', 'select', 'trainable', 'FinetuneConfig', 'warmup_cosine', 
            'new_head', 'check_fit', 'Best', 'training_mode', 'total_norm', 'train', 'finetune', 'probe_features',
            'linear_probe']
 
-# %% ../nbs/library/finetune.ipynb #9012d7c8
+# %% ../nbs/library/finetune.ipynb #eb7f4a2f
 import copy
 import difflib
 import math
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .components import KINDS, Component, anatomy, evaluating
 from .models import prepare
-from .tasks import Split, Task
+from .data import Split, Task
 
 # %% ../nbs/library/finetune.ipynb #7874ca37
 CHOICES = (*KINDS, "all", "head")
@@ -205,7 +205,7 @@ def label(components) -> str:
     items = [components] if isinstance(components, (str, Component)) else components
     return "+".join(c.name if isinstance(c, Component) else c for c in items)
 
-# %% ../nbs/library/finetune.ipynb #30178810
+# %% ../nbs/library/finetune.ipynb #85bf072d
 def new_head(model, n_classes, seed):
     "Put a linear head on the model: small normal weights from the seed, biases zero."
     parts = anatomy(model)
@@ -218,7 +218,7 @@ def new_head(model, n_classes, seed):
 
 def check_fit(model, task: Task):
     "ValueError unless the task's images have the model's size."
-    expected, found = anatomy(model).image_shape, tuple(task.train.images.shape[1:])
+    expected, found = anatomy(model).image_shape, tuple(task.test.images.shape[1:])
     if found != expected:
         raise ValueError(
             f"task {task.name!r} has images {found}, the model takes {expected}: expected vp.task(folder,"
@@ -246,7 +246,7 @@ def total_norm(parameters) -> torch.Tensor:
     "Norm of the gradients of all parameters together, NaN without any."
     return torch.stack([p.grad.norm() for p in parameters]).norm() if parameters else torch.tensor(math.nan)
 
-# %% ../nbs/library/finetune.ipynb #aaed8070
+# %% ../nbs/library/finetune.ipynb #ad559504
 def train(model, task, training, config, tqdm_label=None) -> tuple:
     "The training loop: the history, and the best validation reading (None if none was finite)."
     head = anatomy(model).head()
@@ -258,14 +258,15 @@ def train(model, task, training, config, tqdm_label=None) -> tuple:
         parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
     order = image_order(len(task.train), config.steps, config.batch_size, config.seed)
+    g = torch.Generator().manual_seed(config.seed)  # of the augmentation
     rows, readings, best = [], {}, None
     for step, batch in enumerate(
         tqdm(order, desc=tqdm_label, unit="step", leave=False, disable=tqdm_label is None)
     ):
         training_mode(model)
         optimizer.param_groups[0]["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup)
-        logits = model(prepare(model, task.train.images[batch]))
-        loss = F.cross_entropy(logits, task.train.labels[batch].to(logits.device))
+        images, labels = task.batch(batch, g, parameters[0].device)
+        loss = F.cross_entropy(model(prepare(model, images)), labels)
         optimizer.zero_grad()
         loss.backward()
         rows.append(torch.stack([loss.detach(), *(total_norm(p).to(loss) for p in parts.values())]))
@@ -319,7 +320,7 @@ def finetune(model, task: Task, components, config=FinetuneConfig(), progress=Fa
         model=model.eval(),
     )  # fmt: skip
 
-# %% ../nbs/library/finetune.ipynb #4975938a
+# %% ../nbs/library/finetune.ipynb #5486c1c8
 def probe_features(model, images, batch_size=256):
     "Mean token after the last block, of length 1, for byte images: array (N, d)."
     parts = anatomy(model)
@@ -330,11 +331,11 @@ def probe_features(model, images, batch_size=256):
     return torch.cat(tokens).double().cpu().numpy()
 
 
-def linear_probe(model, task: Task) -> float:
-    "Test accuracy of a logistic regression on the frozen features, fitted on the training split."
+def linear_probe(model, task: Task, split="test") -> float:
+    "Accuracy on a split of a logistic regression on the frozen features, fitted on the training split."
     check_fit(model, task)
-    scaler, classifier = StandardScaler(), LogisticRegression(max_iter=5000)
+    read, scaler, classifier = getattr(task, split), StandardScaler(), LogisticRegression(max_iter=5000)
     classifier.fit(scaler.fit_transform(probe_features(model, task.train.images)), task.train.labels.numpy())
     return float(
-        classifier.score(scaler.transform(probe_features(model, task.test.images)), task.test.labels.numpy())
+        classifier.score(scaler.transform(probe_features(model, read.images)), read.labels.numpy())
     )

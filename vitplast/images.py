@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-# %% ../nbs/library/images.ipynb #cacbfa40
+# %% ../nbs/library/images.ipynb #282c1a43
 @dataclass(frozen=True)
 class FormulaConfig:
     "What the classes are: two configurations that differ in `seed` share no class."
@@ -29,16 +29,16 @@ class FormulaConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a positive integer")
 
 
-def uniform(g: torch.Generator, *shape, low=0.0, high=1.0) -> torch.Tensor:
+def uniform(g: torch.Generator, *shape, low=0.0, high=1.0, dtype=torch.float64) -> torch.Tensor:
     "Uniform numbers in [low, high) of the given shape, on the generator's device."
-    return low + (high - low) * torch.rand(*shape, generator=g, device=g.device)
+    return low + (high - low) * torch.rand(*shape, generator=g, device=g.device, dtype=dtype)
 
 
-def normal(g: torch.Generator, *shape) -> torch.Tensor:
+def normal(g: torch.Generator, *shape, dtype=torch.float64) -> torch.Tensor:
     "Standard normal numbers of the given shape, on the generator's device."
-    return torch.randn(*shape, generator=g, device=g.device)
+    return torch.randn(*shape, generator=g, device=g.device, dtype=dtype)
 
-# %% ../nbs/library/images.ipynb #14a4d707
+# %% ../nbs/library/images.ipynb #29149a9a
 class Affine(NamedTuple):
     "Maps image coordinates to shape coordinates: p -> A (p - shift)."
 
@@ -55,65 +55,66 @@ class Affine(NamedTuple):
 def random_affine(g, hardness, rotation=0.35, scale=(0.75, 1.5), shift=0.3) -> Affine:
     """One random map per entry of `hardness` (N,); rotation in radians, scale as an interval of zoom
     factors, shift in half image sides."""
-    n = len(hardness)
-    angle = uniform(g, n, low=-rotation, high=rotation) * hardness
-    shear = uniform(g, n, low=-0.25, high=0.25) * hardness
-    zoom = torch.exp(uniform(g, n, low=math.log(scale[0]), high=math.log(scale[1])) * hardness)
-    aspect = torch.exp(uniform(g, n, low=-0.2, high=0.2) * hardness)
+
+    def spread(low, high):
+        return uniform(g, len(hardness), low=low, high=high, dtype=hardness.dtype) * hardness
+
+    angle, shear = spread(-rotation, rotation), spread(-0.25, 0.25)
+    zoom, aspect = torch.exp(spread(math.log(scale[0]), math.log(scale[1]))), torch.exp(spread(-0.2, 0.2))
     c, s = angle.cos(), angle.sin()
     rows = [c * aspect, shear - s, s, c / aspect]
-    matrix = torch.stack([r * zoom for r in rows], -1).view(n, 2, 2)
-    return Affine(matrix, uniform(g, n, 1, 2, low=-shift, high=shift) * hardness.view(n, 1, 1))
+    matrix = torch.stack([r * zoom for r in rows], -1).view(-1, 2, 2)
+    return Affine(matrix, torch.stack([spread(-shift, shift), spread(-shift, shift)], -1)[:, None])
 
-# %% ../nbs/library/images.ipynb #6dd64720
-def pixel_grid(size, device="cpu") -> torch.Tensor:
+# %% ../nbs/library/images.ipynb #ec646463
+def pixel_grid(size, device="cpu", dtype=torch.float32) -> torch.Tensor:
     "Pixel centres of a size x size image in [-1, 1], row by row: (size * size, 2), x first."
-    side = (torch.arange(size, device=device) + 0.5) * (2 / size) - 1
+    side = (torch.arange(size, device=device, dtype=dtype) + 0.5) * (2 / size) - 1
     y, x = torch.meshgrid(side, side, indexing="ij")
     return torch.stack([x, y], -1).view(-1, 2)
 
-# %% ../nbs/library/images.ipynb #f53590f4
+# %% ../nbs/library/images.ipynb #855c7999
 class Contours:
     "Closed curves whose log radius is a short Fourier series, some with a hole."
 
-    def __init__(self, n_classes, g, device):
-        k = torch.arange(1, 9.0)
-        self.amplitude = (0.45 * normal(g, n_classes, 8) / k**0.7).to(device)
-        self.phase = uniform(g, n_classes, 8, high=2 * math.pi).to(device)
-        self.hole = (uniform(g, n_classes, high=0.75) * (uniform(g, n_classes) > 0.5)).to(device)
+    def __init__(self, n_classes, g, device="cpu", dtype=torch.float32):
+        amplitude = 0.45 * normal(g, n_classes, 8) / torch.arange(1, 9) ** 0.7
+        phase = uniform(g, n_classes, 8, high=2 * math.pi)
+        hole = uniform(g, n_classes, high=0.75) * (uniform(g, n_classes) > 0.5)  # share of the radius
+        self.amplitude, self.phase, self.hole = (t.to(device, dtype) for t in (amplitude, phase, hole))
 
     def __call__(self, classes, grid, g, hardness):
         "Masks (N, P) in [0, 1] of the given classes (N,) at the grid points (P, 2)."
         p = random_affine(g, hardness)(grid)  # (N, P, 2)
         radius = p.norm(dim=-1)
         z = torch.complex(p[..., 0], p[..., 1]) / radius.clamp(min=1e-6)
-        amplitude = self.amplitude[classes] + 0.03 * normal(g, len(classes), 8)
+        amplitude = self.amplitude[classes] + 0.03 * normal(g, len(classes), 8, dtype=grid.dtype)
         c = torch.polar(torch.ones_like(amplitude), self.phase[classes]) * amplitude  # (N, 8)
         series = torch.zeros_like(z)
         for k in reversed(range(8)):
             series = (series + c[:, k, None]) * z
         edge = 0.62 * torch.exp(0.55 * series.real).clamp(0.2, 2.0)
-        inside, outside_hole = (edge - radius) * 14, (radius - self.hole[classes][:, None] * edge) * 14
-        return torch.sigmoid(inside) * torch.sigmoid(outside_hole)
+        hole = self.hole[classes][:, None]
+        filled = torch.sigmoid((edge - radius) * 14)
+        return torch.where(hole > 0, filled * torch.sigmoid((radius - hole * edge) * 14), filled)
 
-# %% ../nbs/library/images.ipynb #93c54c72
+# %% ../nbs/library/images.ipynb #c93f3405
 class Strokes:
     "One to three quadratic Bezier curves, drawn with a pen of random width."
 
-    def __init__(self, n_classes, g, device):
+    def __init__(self, n_classes, g, device="cpu", dtype=torch.float32):
         points = uniform(g, n_classes, 3, 3, 2, low=-0.8, high=0.8)  # class, curve, control point, xy
         count = torch.randint(1, 4, (n_classes, 1, 1, 1), generator=g)
         unused = torch.arange(3).view(1, 3, 1, 1) >= count
-        self.points = torch.where(unused, points[:, :1], points).to(
-            device
-        )  # an unused curve repeats the first
+        repeated = torch.where(unused, points[:, :1], points)  # an unused curve lies on the first
+        self.points = repeated.to(device, dtype)
 
     def __call__(self, classes, grid, g, hardness):
         "Masks (N, P) in [0, 1] of the given classes (N,) at the grid points (P, 2)."
         n = len(classes)
         p = random_affine(g, hardness)(grid)[:, :, None]  # (N, P, 1, 2)
-        control = (self.points[classes] + 0.05 * normal(g, n, 3, 3, 2))[..., None, :]  # (N, 3, 3, 1, 2)
-        t = torch.linspace(0, 1, 6, device=grid.device)[:, None]
+        control = (self.points[classes] + 0.05 * normal(g, n, 3, 3, 2, dtype=grid.dtype))[..., None, :]  # (N, 3, 3, 1, 2)
+        t = torch.linspace(0, 1, 6, device=grid.device, dtype=grid.dtype)[:, None]
         curve = (
             (1 - t) ** 2 * control[:, :, 0] + 2 * t * (1 - t) * control[:, :, 1] + t**2 * control[:, :, 2]
         )  # (N, 3, 6, 2)
@@ -123,78 +124,79 @@ class Strokes:
         sx, sy = step[..., 0], step[..., 1]
         along = ((dx * sx + dy * sy) / (sx * sx + sy * sy + 1e-6)).clamp(0, 1)
         squared = (dx - along * sx).square() + (dy - along * sy).square()
-        width = uniform(g, n, 1, low=0.06, high=0.18)
+        width = uniform(g, n, 1, low=0.06, high=0.18, dtype=grid.dtype)
         return torch.sigmoid((width - squared.amin(-1).sqrt()) * 22)
 
-# %% ../nbs/library/images.ipynb #8f4ddf9b
+# %% ../nbs/library/images.ipynb #c845f68d
 class Fractals:
     "Attractors of three contracting affine maps, drawn as a cloud of points by the chaos game."
 
-    def __init__(self, n_classes, g, device):
+    def __init__(self, n_classes, g, device="cpu", dtype=torch.float32):
         def rotations():
             a = uniform(g, n_classes, 3, high=2 * math.pi)
             return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], -1).view(n_classes, 3, 2, 2)
 
         stretch = uniform(g, n_classes, 3, 2, low=0.3, high=0.85)
-        self.matrix = (rotations() @ torch.diag_embed(stretch) @ rotations()).view(n_classes, 3, 4).to(device)
-        self.shift = uniform(g, n_classes, 3, 2, low=-1, high=1).to(device)
+        self.matrix = (rotations() @ torch.diag_embed(stretch) @ rotations()).view(n_classes, 3, 4)
+        self.shift = uniform(g, n_classes, 3, 2, low=-1, high=1)
         weight = stretch.prod(-1) + 0.02  # the share of a map's jumps follows its area
-        self.cumulative = (weight / weight.sum(1, True)).cumsum(1)[:, None, :2].to(device)
-        cloud = self.cloud(
-            torch.arange(n_classes, device=device), torch.Generator(device).manual_seed(0), 512, 40, 10
-        )
+        self.cumulative = (weight / weight.sum(1, True)).cumsum(1)[:, None, :2]
+        cloud = self.cloud(torch.arange(n_classes), torch.Generator().manual_seed(0), 512, 40, 10)
         self.centre, self.radius = cloud.mean(1, True), cloud.flatten(1).std(1)[:, None, None] + 1e-3
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device, dtype))
 
-    def cloud(self, classes, g, n_points=192, n_jumps=18, keep=8):
-        "Points (N, n_points * keep, 2): the last `keep` of `n_jumps` positions of every walker."
-        n = len(classes)
-        x, kept = normal(g, n, n_points, 2), []
+    def cloud(self, classes, g, walkers=192, jumps=18, keep=8):
+        "Points (N, walkers * keep, 2): the last `keep` of `jumps` positions of every walker."
+        n, dtype = len(classes), self.matrix.dtype
+        x, kept = normal(g, n, walkers, 2, dtype=dtype), []
         matrix, shift, cumulative = self.matrix[classes], self.shift[classes], self.cumulative[classes]
-        for jump in range(n_jumps):
-            which = (uniform(g, n, n_points, 1) > cumulative).sum(
-                -1, keepdim=True
-            )  # (N, n_points, 1) in 0, 1, 2
+        for jump in range(jumps):
+            dice = uniform(g, n, walkers, 1, dtype=dtype)
+            which = (dice > cumulative).sum(-1, keepdim=True)  # (N, walkers, 1) in 0, 1, 2
             a, b, c, d = matrix.gather(1, which.expand(-1, -1, 4)).unbind(-1)
             u, v = x.unbind(-1)
             x = torch.stack([a * u + b * v, c * u + d * v], -1) + shift.gather(1, which.expand(-1, -1, 2))
-            if jump >= n_jumps - keep:
+            if jump >= jumps - keep:
                 kept.append(x)
         return torch.cat(kept, 1)
 
     def __call__(self, classes, grid, g, hardness):
         "Masks (N, P) in [0, 1] of the given classes (N,) on a square grid of P points."
         size = math.isqrt(len(grid))
-        x = 0.5 * (self.cloud(classes, g) - self.centre[classes]) / self.radius[classes]
+        cloud = self.cloud(classes, g, walkers=max(1, 192 * len(grid) // 32**2))  # as dense at any size
+        x = 0.5 * (cloud - self.centre[classes]) / self.radius[classes]
         x = random_affine(g, hardness, scale=(1 / 1.4, 1 / 0.8)).inverse(x)
         column, row = ((x + 1) * (size / 2)).floor().long().unbind(-1)
         visible = (column >= 0) & (column < size) & (row >= 0) & (row < size)
         pixel = (row * size + column).clamp(0, size * size - 1)
-        hits = torch.zeros(len(classes), size * size, device=grid.device).scatter_add_(
-            1, pixel, visible.float()
-        )
-        return 1 - torch.exp(-hits * 0.8 * (size / 32) ** 2)
+        hits = torch.zeros(len(classes), len(grid), device=grid.device, dtype=grid.dtype)
+        return 1 - torch.exp(-0.8 * hits.scatter_add_(1, pixel, visible.to(grid.dtype)))
 
-# %% ../nbs/library/images.ipynb #0f7542e6
+# %% ../nbs/library/images.ipynb #c11697da
 class Textures:
     "Three plane waves in warped coordinates, added or multiplied, through one of four non-linearities."
 
-    def __init__(self, n_classes, g, device):
+    def __init__(self, n_classes, g, device="cpu", dtype=torch.float32):
         frequency = torch.exp(uniform(g, n_classes, 3, low=math.log(3.0), high=math.log(27.0)))
         angle = uniform(g, n_classes, 3, high=math.pi)
-        self.wave = torch.stack([frequency * angle.cos(), frequency * angle.sin()], 1).to(device)  # (K, 2, 3)
-        self.weight = uniform(g, n_classes, 1, 3).to(device)
-        self.kind = torch.randint(0, 4, (n_classes, 1), generator=g).to(device)
-        self.warp = (uniform(g, n_classes, 1, 1, high=0.25) * (uniform(g, n_classes, 1, 1) > 0.4)).to(device)
-        self.warp_frequency = uniform(g, n_classes, 1, 1, low=3, high=11).to(device)
-        self.gain = uniform(g, n_classes, 1, low=1, high=4).to(device)
+        self.wave = torch.stack([frequency * angle.cos(), frequency * angle.sin()], 1)  # (K, 2, 3)
+        self.weight = uniform(g, n_classes, 1, 3)
+        self.kind = torch.randint(0, 4, (n_classes, 1), generator=g)
+        self.warp = uniform(g, n_classes, 1, 1, high=0.25) * (uniform(g, n_classes, 1, 1) > 0.4)
+        self.warp_frequency = uniform(g, n_classes, 1, 1, low=3, high=11)
+        self.gain = uniform(g, n_classes, 1, low=1, high=4)
+        for name, value in vars(self).items():
+            setattr(self, name, value.to(device, dtype))
 
     def __call__(self, classes, grid, g, hardness):
         "Values (N, P) in [0, 1] of the given classes (N,) at the grid points (P, 2)."
         n = len(classes)
         p = random_affine(g, hardness, rotation=0.4, scale=(0.85, 1.2), shift=1.0)(grid)
-        ripple = self.warp_frequency[classes] * p.flip(-1) + uniform(g, n, 1, 2, high=2 * math.pi)
+        shift = uniform(g, n, 1, 2, high=2 * math.pi, dtype=grid.dtype)
+        ripple = self.warp_frequency[classes] * p.flip(-1) + shift
         p = p + self.warp[classes] * torch.sin(ripple)
-        phase = uniform(g, n, 1, 3, high=2 * math.pi) * hardness.view(n, 1, 1)
+        phase = uniform(g, n, 1, 3, high=2 * math.pi, dtype=grid.dtype) * hardness.view(n, 1, 1)
         waves = torch.sin(p @ self.wave[classes] + phase) * self.weight[classes]  # (N, P, 3)
         kind, gain = self.kind[classes], self.gain[classes]
         signal = gain * torch.where(kind == 2, 8 * waves.prod(-1), waves.sum(-1))
@@ -202,7 +204,7 @@ class Textures:
         value = torch.where(kind == 3, 2 * torch.exp(-signal.abs()) - 1, value)
         return 0.5 + 0.5 * value
 
-# %% ../nbs/library/images.ipynb #5792111d
+# %% ../nbs/library/images.ipynb #86caae24
 GREY = (0.1, 0.65)  # background and shape of the easiest images
 
 
@@ -212,25 +214,26 @@ def colour(g, mask, front, back, hardness, flat=(0.5, 0.3), noise=0.06):
 
     flat: the share of shapes and of backgrounds that get one colour and no texture.
     """
-    n, device = len(mask), mask.device
-    base = uniform(g, n, 2, 3)  # one colour behind, one in front
+    n, device, dtype = len(mask), mask.device, mask.dtype
+    base = uniform(g, n, 2, 3, dtype=dtype)  # one colour behind, one in front
     away = base[:, 1] - base[:, 0]
     too_close = away.abs().mean(1, True) < 0.3
     base[:, 1] = torch.where(too_close, (base[:, 0] + 0.5 + 0.2 * away) % 1.0, base[:, 1])
-    other = (base + uniform(g, n, 2, 3, low=-0.55, high=0.55)).clamp(0, 1)
-    grey, h = torch.tensor(GREY, device=device).view(1, 2, 1), hardness.view(n, 1, 1)
+    other = (base + uniform(g, n, 2, 3, low=-0.55, high=0.55, dtype=dtype)).clamp(0, 1)
+    grey, h = torch.tensor(GREY, device=device, dtype=dtype).view(1, 2, 1), hardness.view(n, 1, 1)
     base, other = base * h + grey * (1 - h), other * h + (grey + 0.25) * (1 - h)
-    flat_front, flat_back = (uniform(g, n) < flat[0]), (uniform(g, n) < flat[1])
+    flat_front, flat_back = (uniform(g, n, dtype=dtype) < share for share in flat)
 
     def mix(i, value, is_flat):  # (N, P) -> (N, 3, P)
         value = torch.where(is_flat[:, None], torch.zeros_like(value), value)[:, None]
         return base[:, i, :, None] + (other[:, i] - base[:, i])[..., None] * value
 
     image = mix(0, back, flat_back) * (1 - mask[:, None]) + mix(1, front, flat_front) * mask[:, None]
-    image = image + uniform(g, n, 1, 1, high=noise) * normal(g, *image.shape)
+    strength = uniform(g, n, 1, 1, high=noise, dtype=dtype)
+    image = image + strength * normal(g, *image.shape, dtype=dtype)
     return image.clamp(0, 1), ~flat_front, ~flat_back
 
-# %% ../nbs/library/images.ipynb #7cc303c9
+# %% ../nbs/library/images.ipynb #841cdc7c
 FAMILIES = {"contour": Contours, "stroke": Strokes, "fractal": Fractals}
 
 
@@ -243,15 +246,21 @@ class FormulaBatch(NamedTuple):
     back: torch.Tensor  # (N,) texture class of the background, -1 where flat
     mask: torch.Tensor  # (N, S, S) in [0, 1]
 
-# %% ../nbs/library/images.ipynb #442b2602
+    @property
+    def texture(self) -> torch.Tensor:
+        "The texture class at every pixel (N, S, S), -1 where flat."
+        front, back = self.front[:, None, None], self.back[:, None, None]
+        return torch.where(self.mask > 0.5, front, back)
+
+# %% ../nbs/library/images.ipynb #8c84d7d8
 class FormulaImages:
     "An endless stream of labelled formula images; the classes follow from the configuration alone."
 
-    def __init__(self, config=FormulaConfig(), device="cpu"):
-        g = torch.Generator().manual_seed(config.seed)
-        self.config, self.grid = config, pixel_grid(config.size, device)
-        self.families = {name: family(config.n_shapes, g, device) for name, family in FAMILIES.items()}
-        self.textures = Textures(config.n_textures, g, device)
+    def __init__(self, config=FormulaConfig(), device="cpu", dtype=torch.float32):
+        g, place = torch.Generator().manual_seed(config.seed), (device, dtype)
+        self.config, self.grid = config, pixel_grid(config.size, *place)
+        self.families = {name: family(config.n_shapes, g, *place) for name, family in FAMILIES.items()}
+        self.textures = Textures(config.n_textures, g, *place)
 
     @property
     def n_classes(self) -> int:
@@ -260,9 +269,8 @@ class FormulaImages:
 
     def draw(self, shape, g, hardness=None) -> FormulaBatch:
         "Images of the given shape classes (N,), with random textures and colours."
-        n, s, device = len(shape), self.config.size, self.grid.device
-        hardness = torch.ones(n, device=device) if hardness is None else hardness
-        mask = torch.empty(n, s * s, device=device)
+        hardness = self.grid.new_ones(len(shape)) if hardness is None else hardness
+        mask = self.grid.new_empty(len(shape), len(self.grid))
         for i, family in enumerate(self.families.values()):
             rows = (shape // self.config.n_shapes == i).nonzero()[:, 0]
             mask[rows] = family(shape[rows] % self.config.n_shapes, self.grid, g, hardness[rows])
@@ -271,7 +279,7 @@ class FormulaImages:
     def paint(self, mask, shape, g, hardness=None, **style) -> FormulaBatch:
         "Any masks (N, P) in [0, 1] painted with random textures and colours; `style` goes to `colour`."
         n, s = len(mask), self.config.size
-        hardness = torch.ones(n, device=mask.device) if hardness is None else hardness
+        hardness = mask.new_ones(n) if hardness is None else hardness
         front, back = torch.randint(self.config.n_textures, (2, n), generator=g, device=g.device)
         fill, ground = (self.textures(t, self.grid, g, hardness) for t in (front, back))
         images, has_front, has_back = colour(g, mask, fill, ground, hardness, **style)
@@ -281,5 +289,7 @@ class FormulaImages:
     def sample(self, n, g, difficulty=None) -> FormulaBatch:
         "n images of random classes; difficulty in [0, 1] for the curriculum, None for the full difficulty."
         shape = torch.randint(self.n_classes, (n,), generator=g, device=g.device)
-        hardness = None if difficulty is None else (1.6 * difficulty * uniform(g, n)).clamp(max=1).square()
-        return self.draw(shape, g, hardness)
+        if difficulty is None:
+            return self.draw(shape, g)
+        luck = uniform(g, n, dtype=self.grid.dtype)
+        return self.draw(shape, g, (1.6 * difficulty * luck).clamp(max=1).square())
