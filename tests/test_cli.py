@@ -25,12 +25,13 @@ def test_help_and_version():
 
 def test_pretraining_is_taken_up_and_gives_a_model_that_loads(tmp_path):
     out = tmp_path / "small.safetensors"
-    result = invoke("pretrain", "--images", 128, "--out", out, "--device", "cpu", "--threads", 1)
+    result = invoke("pretrain", "--size", "tiny", "--steps", 2, "--snapshots", "0.5", "--probes", 1, "--out", out, "--device", "cpu", "--threads", 1)
     assert result.exit_code == 0, result.output
     card = json.loads(out.with_suffix(".json").read_text())
-    assert card["steps"] == 2 and card["pretraining"]["images"] == 128
+    assert card["steps"] == 2 and card["pretraining"]["images"] == 128 and card["pretraining"]["vit"]["width"] == 64
+    assert vp.load(tmp_path / "small-0k.safetensors").embed_dim == 64
     assert abs(vp.linear_probe(vp.load(out), vp.task("digits")) - card["linear_probe"]["pretrained"]) < 1e-9
-    again = invoke("pretrain", "--images", 256, "--out", out, "--device", "cpu")
+    again = invoke("pretrain", "--size", "tiny", "--steps", 4, "--out", out, "--device", "cpu")
     assert again.exit_code == 1 and "another pretraining" in again.output and "Traceback" not in again.output
 
 
@@ -40,8 +41,11 @@ def test_errors_are_one_line(tmp_path):
     assert result.returncode == 1 and "Traceback" not in result.stderr and "vitplast:" in result.stderr.splitlines()[-1]
     assert result.stderr.count("\n") == 1
     assert invoke("demo", "--seed", -1).exit_code == 2
-    for args, message in ((("--device", "gpu"), "device 'gpu': expected one of"), (("--out", tmp_path / "x"), "expected a name that ends in .safetensors")):
-        result = invoke("pretrain", "--images", 64, *args)
+    for args, message in (
+        (("--device", "gpu"), "device 'gpu': expected one of"), (("--out", tmp_path / "x"), "expected a name that ends in .safetensors"),
+        (("--size", "huge"), "size 'huge': expected one of ['tiny', 'small', 'base', 'large']"), (("--snapshots", "half"), "expected shares of the training"),
+    ):  # fmt: skip
+        result = invoke("pretrain", "--steps", 1, *args)
         assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1
 
 

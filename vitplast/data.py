@@ -171,7 +171,7 @@ def decode(sources, out, size, part=1.0, workers=None, skip_corrupt=False, progr
         os.replace(f"{out}.short", out)
     return np.array(kept, dtype=int), torch.tensor(aspects)
 
-# %% ../nbs/library/data.ipynb #c67ef93a
+# %% ../nbs/library/data.ipynb #ea4e83f6
 @dataclass(frozen=True, eq=False)
 class RandomCrops:
     "Random resized crops and mirror images of squeezed squares, a batch at a time."
@@ -208,7 +208,7 @@ def crop(images, box, mirror, size) -> torch.Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = box[:, 2] * mirror, box[:, 3]
     theta[:, :, 2] = 2 * box[:, :2] + box[:, 2:] - 1
     grid = F.affine_grid(theta.float(), (len(box), 3, size, size), align_corners=False).to(images.device)
-    cut = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="border", align_corners=False)
+    cut = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return cut.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/library/data.ipynb #b36be8ae

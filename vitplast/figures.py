@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'THEORY_ORDER', 'STYLE', 'WIDTH', 'BookFigure', 'panels', 'as_svg', 'contact_sheet', 'as_png',
-           'depth_lines', 'against_accuracy', 'training_curves']
+           'image_rows', 'depth_lines', 'against_accuracy', 'training_curves']
 
 # %% ../nbs/library/figures.ipynb #c26c9248
 import base64
@@ -83,6 +83,19 @@ def as_png(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+# %% ../nbs/library/figures.ipynb #fc666c2e
+def image_rows(rows: dict, height=0.62):
+    "One row of images (N, 1 or 3, H, W) in [0, 1] per entry, its name on the left, at most as many images as the shortest row has."
+    n = min(len(images) for images in rows.values())
+    figure, axes = panels(1, len(rows), height, squeeze=False)
+    for ax, (name, images) in zip(axes[:, 0], rows.items()):
+        ax.imshow(contact_sheet(images[:n], columns=n), interpolation="nearest", aspect="equal")
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        ax.grid(False)
+    return figure
 
 # %% ../nbs/library/figures.ipynb #76fe82ad
 def depth_lines(frame, value="plasticity", log=False):
