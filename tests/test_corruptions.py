@@ -47,6 +47,38 @@ def test_motion_blur_along_an_axis_is_scipys_correlation(images, radius, sigma, 
     np.testing.assert_allclose(blurred, expected, atol=1e-12)
 
 
+IMAGEMAGICK = [  # convert -virtual-pixel edge -motion-blur RADIUSxSIGMA+ANGLE, version 6.9.11, of the image in the test
+    (3, 1.5, 30, [
+        [40, 101, 132, 86, 110, 115, 61, 48],
+        [128, 135, 139, 169, 176, 104, 110, 130],
+        [102, 176, 129, 116, 170, 217, 197, 144],
+        [60, 105, 135, 117, 125, 115, 135, 223],
+        [82, 74, 61, 75, 149, 170, 163, 177],
+        [137, 239, 176, 147, 170, 158, 126, 66],
+        [12, 41, 143, 215, 209, 185, 106, 80],
+        [88, 90, 59, 84, 139, 176, 157, 165],
+    ]),
+    (9, 2.5, -100, [
+        [0, 26, 117, 96, 79, 136, 80, 29],
+        [17, 66, 109, 109, 114, 122, 89, 60],
+        [16, 107, 127, 99, 146, 132, 141, 84],
+        [30, 109, 136, 102, 137, 130, 126, 133],
+        [24, 97, 122, 71, 111, 173, 139, 158],
+        [35, 114, 150, 84, 113, 180, 151, 161],
+        [27, 94, 123, 131, 148, 193, 162, 100],
+        [36, 97, 114, 107, 129, 183, 162, 109],
+    ]),
+]
+
+
+@pytest.mark.parametrize("radius, sigma, degrees, expected", IMAGEMAGICK)
+def test_motion_blur_is_imagemagicks(radius, sigma, degrees, expected):
+    """The authors' tool; it cuts to whole grey levels where we have fractions."""
+    image = torch.tensor((37 * np.arange(64) ** 2 % 256).reshape(1, 1, 8, 8)).double()
+    found = smear(image, radius, sigma, torch.tensor([math.radians(degrees)], dtype=torch.float64))[0, 0]
+    assert (found - torch.tensor(expected)).abs().max() <= 1
+
+
 def test_every_image_is_blurred_along_its_own_line(images):
     angle = torch.linspace(-1, 1, len(images), dtype=torch.float64)
     together = smear(images, 8, 2.0, angle)
@@ -89,7 +121,7 @@ def test_the_global_generator_is_left_alone(images):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("severity", [0, 6, -1, 2.5, True, "3"])
+@pytest.mark.parametrize("severity", [0, 6, -1, 2.5, 5.0, True, "3"])
 def test_a_severity_that_does_not_exist(images, severity):
     with pytest.raises(ValueError, match=f"severity={severity!r}: expected an integer from 1 to 5"):
         corrupt(images, "snow", severity)
@@ -106,6 +138,13 @@ def test_bad_images(images, bad, message):
         corrupt(bad(images), "contrast")
 
 
+def test_integers_are_neither_bytes_nor_floats(images):
+    with pytest.raises(TypeError, match="images are torch.int64: expected bytes or floats"):
+        corrupt(images.long(), "snow")
+
+
 def test_unknown_names_get_the_nearest():
+    with pytest.raises(ValueError, match="unknown corruption ..snow"):
+        corrupt(torch.zeros(1, 3, 8, 8), ["snow"])
     with pytest.raises(ValueError, match="unknown corruption 'motionblur'; nearest known: .'motion_blur'"):
         corrupt(torch.zeros(1, 3, 8, 8), "motionblur")

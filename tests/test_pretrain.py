@@ -58,6 +58,58 @@ def test_stopping_during_a_snapshot_makes_it_again(tmp_path, monkeypatch):
     assert all(torch.equal(p, weights(undisturbed)[k]) for k, p in weights(resumed).items())
 
 
+@pytest.mark.parametrize("snapshots, message", [
+    ((50,), "snapshot at 50: expected a share of the training between 0 and 1"), ((-1,), "snapshot at -1"), ((1.0,), "snapshot at 1.0"),
+    ((0.25, 0.5), r"snapshots \[0.25, 0.5\]: two of them are fewer than 1,000 images apart"),
+])  # fmt: skip
+def test_snapshots_that_cannot_be_kept(tmp_path, snapshots, message):
+    with pytest.raises(ValueError, match=message):
+        train(FEW, tmp_path / "m.safetensors", snapshots=snapshots, progress=False)
+
+
+def test_the_snapshot_of_another_run_is_replaced(tmp_path):
+    path, other = tmp_path / "m.safetensors", replace(FEW, seed=5)
+    train(FEW, path, snapshots=(0.5,), progress=False)
+    path.with_suffix(".state").unlink()
+    train(other, path, snapshots=(0.5,), progress=False)
+    assert json.loads(snapshot_path(path, 48).with_suffix(".json").read_text())["pretraining"]["seed"] == 5
+
+
+def test_a_stop_during_a_probe_loses_no_row(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "LOG_EVERY", 3)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(pretrain, "probe", stop)
+        train(FEW, tmp_path / "m.safetensors", probes=2, progress=False)
+    resumed = train(FEW, tmp_path / "m.safetensors", probes=2, progress=False)
+    whole = train(FEW, tmp_path / "n.safetensors", probes=2, progress=False)
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in resumed.log] == [{k: v for k, v in row.items() if k != "seconds"} for row in whole.log]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="no longer finite after 12 steps: choose a smaller lr than 1e.30"):
+        train(replace(FEW, lr=1e30), tmp_path / "m.safetensors", progress=False)
+    assert not (tmp_path / "m.state").exists()
+
+
+@pytest.mark.parametrize("kwargs", [dict(lr=float("nan")), dict(lr=-1.0), dict(warmup=2), dict(curriculum=-1), dict(clip=0), dict(images=3)])
+def test_bad_configurations(kwargs):
+    (name, value), = kwargs.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        replace(FEW, **kwargs)
+
+
+def test_a_state_of_another_device_is_refused(tmp_path, monkeypatch):
+    run = Pretraining(FEW)
+    run.update()
+    monkeypatch.setattr(run, "device", torch.device("meta"))
+    run.save(tmp_path / "m.state")
+    with pytest.raises(ValueError, match="the state of a pretraining on meta, expected cpu"):
+        train(FEW, tmp_path / "m.safetensors", progress=False)
+
+
 def test_the_log_has_every_row_and_its_probes(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "LOG_EVERY", 3)
     train(FEW, tmp_path / "m.safetensors", probes=2, progress=False)

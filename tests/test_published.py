@@ -173,9 +173,9 @@ def test_domainnet_with_and_without_its_lists(root, lists, sizes):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda base: (base / "clipart/class_2/clipart_002_000004.jpg").unlink(), r"1 of 40 listed images are missing, first clipart/class_2/clipart_002_000004.jpg"),
+    (lambda base: (base / "clipart/class_2/clipart_002_000004.jpg").unlink(), r"1 of 40 listed images are missing, first .*clipart/class_2/clipart_002_000004.jpg"),
     (lambda base: (base / "clipart_test.txt").write_text("clipart/class_0/clipart_000_000000.jpg\n"), "clipart_test.txt, line 1: .*expected a path and a label"),
-    (lambda base: (base / "clipart_test.txt").write_text("clipart/class_0/clipart_000_000000.jpg 2\n"), "the label of clipart/class_0/clipart_000_000000.jpg"),
+    (lambda base: (base / "clipart_test.txt").write_text("clipart/class_0/clipart_000_000000.jpg 2\n"), "the lists give label 0 for 'class_0' and 2 for 'class_0'; expected one label for each class"),
     (lambda base: (base / "clipart/class_1/clipart_001_000005.jpg").write_bytes(b"\xff\xd8\xff"), "1 of 24 images cannot be read: .*clipart_001_000005.jpg"),
 ])  # fmt: skip
 def test_a_spoilt_domainnet(root, spoil, message):
@@ -193,7 +193,101 @@ def test_skipped_images_are_another_task(root):
     assert len(task.train) == len(task.augment.aspects) == 23 and brightness_is_label(task)
 
 
+def test_domainnet_classes_are_numbered_by_its_lists(root):
+    """The authors sort without regard to case: tent 307, The_Eiffel_Tower 308. Sorted by bytes, capitals come first."""
+    base = domainnet_folder(root, n_classes=3)
+    renamed = dict(zip(("class_0", "class_1", "class_2"), ("aircraft_carrier", "tent", "The_Eiffel_Tower")))
+    for old, new in renamed.items():
+        (base / "clipart" / old).rename(base / "clipart" / new)
+        for part in ("train", "test"):
+            path = base / f"clipart_{part}.txt"
+            path.write_text(path.read_text().replace(old, new))
+    how = dict(size=16, root=root, workers=0, progress=False)
+    listed = vp.task("domainnet/clipart", **how)
+    assert listed.classes == tuple(renamed.values()) and brightness_is_label(listed)
+    for part in ("train", "test"):
+        (base / f"clipart_{part}.txt").unlink()
+    assert vp.task("domainnet/clipart", **how).classes == listed.classes
+
+
+def test_flowers_unpacked_in_part(root, monkeypatch):
+    folder = flowers_folder(root, monkeypatch)
+    for i in (7, 8):
+        (folder / "jpg" / f"image_{i:05d}.jpg").unlink()
+    with pytest.raises(ValueError, match=r"flowers102: .* incomplete or damaged \(2 of 612 listed images are missing, first .*image_00007.jpg"):
+        vp.task("flowers102", size=32, root=root)
+
+
+def test_a_damaged_folder_is_repaired_by_a_download(root, archive):
+    folder = write_cifar10_c(root)
+    (folder / "snow.npy").write_bytes((folder / "snow.npy").read_bytes()[:5000])
+    (folder / "my_fog.npy").write_bytes(b"mine")
+    assert len(vp.task("cifar10_c/snow@5", size=32, root=root, download=True, progress=False).test) == 10
+    assert (folder / "my_fog.npy").read_bytes() == b"mine"
+
+
+def test_a_class_that_skipping_empties_is_named(root):
+    base = domainnet_folder(root)
+    for file in (base / "clipart" / "class_2").iterdir():
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="no image of class 'class_2' is left in train"):
+        vp.task("domainnet/clipart", size=16, root=root, workers=0, skip_corrupt=True, progress=False)
+
+
+def change_labels(folder):
+    np.save(folder / "labels.npy", np.roll(np.load(folder / "labels.npy"), 1))
+
+
+def change_pixels(folder):
+    images = np.load(folder / "snow.npy")
+    images[161, 3, 4, 0] ^= 1
+    np.save(folder / "snow.npy", images)
+
+
+@pytest.mark.parametrize("change", [change_labels, change_pixels])
+def test_changed_arrays_are_another_task(root, change):
+    folder = write_cifar10_c(root)
+    before = vp.task("cifar10_c/snow@5", size=32, root=root, progress=False)
+    change(folder)
+    after = vp.task("cifar10_c/snow@5", size=32, root=root, progress=False)
+    assert not (torch.equal(before.train.images, after.train.images) and torch.equal(before.test.labels, after.test.labels) and torch.equal(before.train.labels, after.train.labels))
+
+
+def test_a_changed_list_and_a_changed_place_are_other_tasks(root, monkeypatch):
+    base = domainnet_folder(root)
+    how = dict(size=16, workers=0, progress=False)
+    monkeypatch.chdir(root.parent)
+    assert len(vp.task("domainnet/clipart", root="data", **how).test) == 12
+    train, test = base / "clipart_train.txt", base / "clipart_test.txt"
+    lines = train.read_text().splitlines()
+    train.write_text("\n".join(lines[:-2]))
+    test.write_text(test.read_text() + "\n".join(lines[-2:]))
+    assert len(vp.task("domainnet/clipart", root="data", **how).test) == 14
+    elsewhere = root.parent / "elsewhere"
+    other = domainnet_folder(elsewhere / "data")
+    for file in other.glob("clipart/*/*.jpg"):
+        Image.new("RGB", (20, 20), (200, 200, 200)).save(file)
+    monkeypatch.chdir(elsewhere)
+    assert vp.task("domainnet/clipart", root="data", **how).test.images.min() > 150
+
+
+def test_the_linear_probe_sees_training_images_as_it_sees_the_others(root):
+    domainnet_folder(root, n_classes=2, per_class=20)
+    task = vp.task("domainnet/clipart", size=32, root=root, workers=0, progress=False)
+    assert task.train.images.shape[-1] == 37 and task.still(torch.arange(3)).shape == (3, 3, 32, 32)
+    assert vp.linear_probe(vp.load("formula-vit"), task) == 1.0  # two flat greys
+
+
+def test_more_detail_is_kept_on_request(root):
+    domainnet_folder(root)
+    task = vp.task("domainnet/clipart", size=16, root=root, stored=64, workers=0, progress=False)
+    assert task.train.images.shape[-1] == 64 and task.batch(torch.arange(2), torch.Generator())[0].shape[-1] == 16
+
+
 @pytest.mark.parametrize("spoil, message", [
+    (lambda f: (f / "snow.npy").write_bytes(b""), "snow.npy: not a complete .npy file"),
+    (lambda f: np.save(f / "labels.npy", np.array(3)), "1 labels and 200 images"),
+    (lambda f: np.save(f / "labels.npy", np.full(200, 11)), r"labels \[11\]: expected 0 to 9"),
     (lambda f: np.save(f / "labels.npy", np.zeros(7)), "7 labels and 200 images of snow, expected five times"),
     (lambda f: (f / "snow.npy").write_bytes((f / "snow.npy").read_bytes()[:5000]), "snow.npy: not a complete .npy file"),
     (lambda f: np.save(f / "snow.npy", np.zeros((200, 32, 32))), r"snow.npy: float64 \(200, 32, 32\), expected bytes"),
@@ -207,7 +301,7 @@ def test_spoilt_arrays(root, spoil, message):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_missing_files_are_named_with_the_way_to_get_them(root, name):
-    with pytest.raises(FileNotFoundError, match="is not there. Get it with " + ("http" if name.startswith("domainnet") else "vp.task")):
+    with pytest.raises(FileNotFoundError, match="is not there. Get it " + ("from http" if name.startswith("domainnet") else "with vp.task")):
         vp.task(name, root=root)
 
 
@@ -248,6 +342,12 @@ def test_a_bad_download_leaves_nothing_behind(root, archive, spoil):
     with pytest.raises(FileNotFoundError, match="cifar10_c/snow@5 could not be downloaded"):
         vp.task("cifar10_c/snow@5", root=root, download=True)
     assert names_below(root) == []
+
+
+def test_a_root_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="pet could not be downloaded to .*file"):
+        published.fetch(tmp_path / "file" / "below", "pet", None)
 
 
 def test_an_interrupted_download_leaves_nothing_behind(root, monkeypatch):

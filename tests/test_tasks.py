@@ -1,4 +1,6 @@
 """Names become tasks, and what is no task is refused with the nearest that is."""
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -38,6 +40,23 @@ def test_names_that_are_no_task(name, message):
 def test_options_that_a_drawn_task_does_not_have():
     with pytest.raises(TypeError, match=r"task 'digits' takes no \['download'\]"):
         vp.task("digits", download=True)
+
+
+@pytest.mark.parametrize("size", [0, -1, 32.5, "32"])
+def test_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match=f"size={size!r}: expected a positive integer"):
+        vp.task("digits", size=size)
+
+
+def test_a_path_is_a_folder_even_if_a_task_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(ValueError, match="digits: 0 class folders"):
+        vp.task(Path("digits"))
+    with pytest.raises(TypeError, match=r"task '.*digits' takes no \['download'\]: expected some of \['workers', 'skip_corrupt', 'progress'\]"):
+        vp.task(Path("digits"), download=True)
+    with pytest.raises(TypeError, match=r"task 'pet' takes no \['roott'\]: expected some of \['root'"):
+        vp.task("pet", roott="x")
 
 
 def test_pretraining_images_are_the_same_every_time():

@@ -6,9 +6,10 @@
 __all__ = ['SMALL', 'LARGE', 'LUMA', 'CORRUPTIONS', 'contrast', 'gaussian_noise', 'speckle_noise', 'smear', 'motion_blur', 'snow',
            'corrupt']
 
-# %% ../nbs/library/corruptions.ipynb #4640c37e
+# %% ../nbs/library/corruptions.ipynb #7adc842a
 import difflib
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ def snow(x, c, g):
     bleached = kept * x + (1 - kept) * torch.maximum(x, 1.5 * grey + 0.5)
     return bleached + flakes + flakes.flip(2, 3)
 
-# %% ../nbs/library/corruptions.ipynb #a481a67a
+# %% ../nbs/library/corruptions.ipynb #04f1bb36
 CORRUPTIONS = {f.__name__: f for f in (contrast, gaussian_noise, motion_blur, snow, speckle_noise)}
 
 
@@ -103,14 +104,16 @@ def corrupt(images, corruption, severity=5, g=None) -> torch.Tensor:
     Raises ValueError for an unknown corruption, another severity, or images of another shape or range.
     Source: Hendrycks and Dietterich 2019.
     """
-    if corruption not in CORRUPTIONS:
+    if str(corruption) not in CORRUPTIONS:
         near = difflib.get_close_matches(str(corruption), CORRUPTIONS, n=2, cutoff=0.4) or list(CORRUPTIONS)
         raise ValueError(f"unknown corruption {corruption!r}; nearest known: {near}")
-    if isinstance(severity, bool) or severity not in range(1, 6):
+    if isinstance(severity, bool) or not isinstance(severity, numbers.Integral) or not 1 <= severity <= 5:
         raise ValueError(f"severity={severity!r}: expected an integer from 1 to 5")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}: expected (N, 3, H, W)")
     is_bytes = images.dtype == torch.uint8
+    if not is_bytes and not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}: expected bytes or floats")
     if not is_bytes and images.numel() and not (images.min() >= 0 and images.max() <= 1):  # NaN too
         raise ValueError(f"images range from {images.min():.3g} to {images.max():.3g}: expected floats in [0, 1] or bytes")
     g = torch.Generator(images.device).manual_seed(0) if g is None else g

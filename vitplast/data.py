@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGE_FILES', 'Split', 'Task', 'split_indices', 'rgb', 'square', 'read_image', 'Files', 'new_array',
-           'decode', 'RandomCrops', 'crop', 'cache_folder', 'write_split', 'read_task', 'cached', 'class_folders',
-           'folder_task']
+           'decode', 'RandomCrops', 'crop', 'cache_folder', 'write_split', 'read_task', 'cached', 'is_image',
+           'class_folders', 'folder_task']
 
-# %% ../nbs/library/data.ipynb #494c3645
+# %% ../nbs/library/data.ipynb #3241b633
 import json
 import math
 import os
 import shutil
 import tempfile
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Split(NamedTuple):
     def __len__(self):  # a NamedTuple would count its fields
         return len(self.labels)
 
-# %% ../nbs/library/data.ipynb #224ce8d8
+# %% ../nbs/library/data.ipynb #bb89fc8c
 @dataclass(frozen=True, eq=False)
 class Task:
     "A classification task in three splits."
@@ -61,6 +62,11 @@ class Task:
         images, labels = (t[rows].to(device) for t in self.train)
         return (images if self.augment is None else self.augment(images, rows, g)), labels
 
+    def still(self, rows) -> torch.Tensor:
+        "Training images of the given rows as the other splits show theirs: whole or their centre, not augmented."
+        images = self.train.images[rows]
+        return images if self.augment is None else self.augment.centre(images, rows)
+
     def __repr__(self):
         sizes = ", ".join(f"{len(getattr(self, s)):,} {s}" for s in SPLITS)
         shape = tuple(self.test.images.shape[1:])
@@ -69,11 +75,13 @@ class Task:
 
 SPLITS = ("train", "validation", "test")
 
-# %% ../nbs/library/data.ipynb #b6ed9bcc
+# %% ../nbs/library/data.ipynb #f0ba053a
 def split_indices(labels, names, shares=(0.6, 0.2, 0.2), seed=0) -> tuple:
     """Stratified index arrays, one per share (train, validation, test by default); ValueError naming a class
     that is too small."""
     labels, n_parts = np.asarray(labels), len(shares)
+    if len(strange := np.setdiff1d(labels, range(len(names)))):
+        raise ValueError(f"labels {strange[:5].tolist()}: expected 0 to {len(names) - 1}, one of {len(names)} classes")
     for label, name in enumerate(names):
         if (n := int((labels == label).sum())) < n_parts:
             raise ValueError(
@@ -88,13 +96,17 @@ def split_indices(labels, names, shares=(0.6, 0.2, 0.2), seed=0) -> tuple:
             part.append(chosen)
     return tuple(np.sort(np.concatenate(p)) for p in parts)
 
-# %% ../nbs/library/data.ipynb #d41dc0fb
+# %% ../nbs/library/data.ipynb #f6220b27
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 def rgb(image) -> Image.Image:
-    "A Pillow image of any mode, upright, in RGB, on white where transparent."
+    "A Pillow image of 8 or 16 bits, upright, in RGB, on white where transparent; ValueError for other depths."
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: expected 8 or 16 bits per channel")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
@@ -120,7 +132,7 @@ def read_image(source, size, part=1.0) -> tuple:
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{source}: not a readable image ({error})") from None
 
-# %% ../nbs/library/data.ipynb #e007e778
+# %% ../nbs/library/data.ipynb #0089a97a
 class Files(Dataset):
     "Images as squares, for a DataLoader: (bytes or None, width over height, what was wrong)."
 
@@ -138,8 +150,12 @@ class Files(Dataset):
 
 
 def new_array(path, n, size) -> np.ndarray:
-    "A new .npy file for n squares of bytes, mapped into memory."
-    return np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, size, size))
+    "A new .npy file for n squares of bytes, mapped into memory; OSError if the disk has no room for it."
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, size, size))
+    if hasattr(os, "posix_fallocate"):  # a full disk would otherwise be noticed while writing, and kill the process
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
 
 
 def decode(sources, out, size, part=1.0, workers=None, skip_corrupt=False, progress=False) -> tuple:
@@ -171,7 +187,7 @@ def decode(sources, out, size, part=1.0, workers=None, skip_corrupt=False, progr
         os.replace(f"{out}.short", out)
     return np.array(kept, dtype=int), torch.tensor(aspects)
 
-# %% ../nbs/library/data.ipynb #ea4e83f6
+# %% ../nbs/library/data.ipynb #1226ddaf
 @dataclass(frozen=True, eq=False)
 class RandomCrops:
     "Random resized crops and mirror images of squeezed squares, a batch at a time."
@@ -201,6 +217,12 @@ class RandomCrops:
         mirror = 1 - 2 * (uniform(g, len(box)) < 0.5).double()
         return crop(images, box, mirror, self.size)
 
+    def centre(self, images, rows, part=0.875) -> torch.Tensor:
+        "The centre squares of the images of the given rows: bytes (N, 3, size, size)."
+        aspect = self.aspects[rows].double()
+        sides = part * torch.stack([1 / aspect, aspect], -1).clamp(max=1)
+        return crop(images, torch.cat([(1 - sides) / 2, sides], 1), torch.ones(len(aspect)), self.size)
+
 
 def crop(images, box, mirror, size) -> torch.Tensor:
     "Cut a box (N, 4) of each image, mirrored where `mirror` (N,) is -1: bytes (N, 3, size, size)."
@@ -211,7 +233,7 @@ def crop(images, box, mirror, size) -> torch.Tensor:
     cut = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return cut.round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/library/data.ipynb #b36be8ae
+# %% ../nbs/library/data.ipynb #a12ac8a3
 def cache_folder() -> Path:
     "Where made tasks lie: $VITPLAST_CACHE, or ~/.cache/vitplast."
     return Path(os.environ.get("VITPLAST_CACHE") or Path.home() / ".cache" / "vitplast")
@@ -234,11 +256,15 @@ def read_task(folder) -> Task:
             parts[name] = Split(*(torch.from_numpy(a) for a in arrays))
         aspects = folder / "train.aspects.npy"
         augment = RandomCrops(facts["crop"], torch.from_numpy(np.load(aspects))) if facts["crop"] else None
-    except (OSError, ValueError, KeyError) as error:
+        counts = [(s.labels.shape, s.images.shape[:1]) for s in parts.values()]
+        if any(a != b for a, b in counts) or augment and len(augment.aspects) != len(parts["train"]):
+            raise ValueError("its files have different lengths")
+        about = {"classes": tuple(facts["classes"]), "test_sources": facts["test_sources"], "augment": augment}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{folder}: not a complete task ({error})") from None
-    return Task(facts["name"], tuple(facts["classes"]), **parts, test_sources=facts["test_sources"], augment=augment)
+    return Task(facts["name"], **parts, **about)
 
-# %% ../nbs/library/data.ipynb #f1a73e2e
+# %% ../nbs/library/data.ipynb #557f084f
 def cached(name, decides: dict, build) -> Task:
     """The task that `build(folder)` makes, from the cache if it was made before.
 
@@ -254,6 +280,7 @@ def cached(name, decides: dict, build) -> Task:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        making.chmod(0o755)  # others may share the cache
     except OSError as error:
         raise ValueError(f"no place to keep tasks ({error}): set VITPLAST_CACHE to a folder that can be written") from None
     try:
@@ -268,17 +295,23 @@ def cached(name, decides: dict, build) -> Task:
         shutil.rmtree(making, ignore_errors=True)
     return read_task(folder)
 
-# %% ../nbs/library/data.ipynb #a87ffc15
+# %% ../nbs/library/data.ipynb #f92ead71
+def is_image(path) -> bool:
+    "Whether a path is named like an image, and not hidden as the Finder's `._` files are."
+    return path.suffix.lower() in IMAGE_FILES and not path.name.startswith(".")
+
+
 def class_folders(path) -> tuple:
     "Class names and image files of each class below a folder; ValueError if it holds fewer than two classes."
     path = Path(path)
-    classes = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = (p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    classes = sorted(names, key=lambda name: (name.casefold(), name))
     if len(classes) < 2:
         raise ValueError(
             f"{path}: {len(classes)} class folders, expected at least 2, as in {path}/cat/1.jpg,"
             f" {path}/dog/1.jpg"
         )
-    return classes, [sorted(f for f in (path / c).iterdir() if f.suffix.lower() in IMAGE_FILES) for c in classes]
+    return classes, [sorted(f for f in (path / c).iterdir() if is_image(f)) for c in classes]
 
 
 def folder_task(path, size=224, workers=None, skip_corrupt=False, progress=False) -> Task:

@@ -320,13 +320,13 @@ def finetune(model, task: Task, components, config=FinetuneConfig(), progress=Fa
         model=model.eval(),
     )  # fmt: skip
 
-# %% ../nbs/library/finetune.ipynb #5486c1c8
-def probe_features(model, images, batch_size=256):
-    "Mean token after the last block, of length 1, for byte images: array (N, d)."
+# %% ../nbs/library/finetune.ipynb #15a6d1b5
+def probe_features(model, batches):
+    "Mean token after the last block, of length 1, for batches of byte images: array (N, d)."
     parts = anatomy(model)
     with evaluating(model):
         tokens = [
-            F.normalize(parts.tokens(prepare(model, b)).mean(1), dim=1) for b in images.split(batch_size)
+            F.normalize(parts.tokens(prepare(model, b)).mean(1), dim=1) for b in batches
         ]
     return torch.cat(tokens).double().cpu().numpy()
 
@@ -334,8 +334,7 @@ def probe_features(model, images, batch_size=256):
 def linear_probe(model, task: Task, split="test") -> float:
     "Accuracy on a split of a logistic regression on the frozen features, fitted on the training split."
     check_fit(model, task)
-    read, scaler, classifier = getattr(task, split), StandardScaler(), LogisticRegression(max_iter=5000)
-    classifier.fit(scaler.fit_transform(probe_features(model, task.train.images)), task.train.labels.numpy())
-    return float(
-        classifier.score(scaler.transform(probe_features(model, read.images)), read.labels.numpy())
-    )
+    read, train, scaler = getattr(task, split), task.train, StandardScaler()
+    fitted = probe_features(model, (task.still(rows) for rows in torch.arange(len(train)).split(256)))
+    classifier = LogisticRegression(max_iter=5000).fit(scaler.fit_transform(fitted), train.labels.numpy())
+    return float(classifier.score(scaler.transform(probe_features(model, read.images.split(256))), read.labels.numpy()))

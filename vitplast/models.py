@@ -166,7 +166,7 @@ def load_checkpoint(name, path, **timm_kwargs) -> nn.Module:
     except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path}: no weights for {name} ({error})") from None
 
-# %% ../nbs/library/models.ipynb #3cc46666
+# %% ../nbs/library/models.ipynb #db09d1c7
 def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 
@@ -199,6 +199,8 @@ def load(name, **timm_kwargs) -> nn.Module:
         return load_checkpoint(name, checkpoint, **timm_kwargs)
     try:
         return timm.create_model(name, **{"pretrained": True} | timm_kwargs).eval()
+    except RuntimeError as error:
+        raise ValueError(f"{name!r}: {error}; pretrained=False gives random weights") from None
     except OSError as error:  # what the hub's client raises without a network
         raise FileNotFoundError(
             f"weights of {name!r} could not be fetched ({type(error).__name__}). Where there is a network,"

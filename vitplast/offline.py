@@ -95,9 +95,9 @@ def digits(size) -> tuple:
     splits = render(sources, labels, rows, COPIES, photo, size, seeds=(0, 1, 2), **farther)
     return tuple("0123456789"), splits, len(rows[2])
 
-# %% ../nbs/library/offline.ipynb #6522b1e4
+# %% ../nbs/library/offline.ipynb #f0e3f48a
 CHARACTERS = (
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZ" "abdefghijlmnqrty" "23456789" "αβγδεζηθλμξπσφψω" "ΓΔΘΛΞΠΣΦΨΩ"
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ" "abdefghijmnqrty©" "23456789" "αβγδεζηθλμξπσφψω" "ΓΔΘΛΞΠΣΦΨΩ"
     "@#$%&?+=*/!<{~[^}]>§¶£€¥"
 )  # fmt: skip
 CUTS = {
@@ -208,7 +208,7 @@ def textures(size) -> tuple:
 
     return tuple(f"texture {i}" for i in range(n)), *drawn(draw, n, (40, 10, 20), (40, 41, 42))
 
-# %% ../nbs/library/offline.ipynb #354d284b
+# %% ../nbs/library/offline.ipynb #3d68d5da
 MAKERS = {
     "digits": digits,
     "glyphs": typeset(photo, (5, 3, 5), (10, 11, 12)),
@@ -236,6 +236,6 @@ def build(name, size, folder) -> dict:
 
 def offline_task(name, size=32) -> Task:
     "A task of the offline suite, made once and cached; digits_c takes any corruption and severity."
-    code = code_digest("images", "corruptions", "offline")
+    code = code_digest("images", "corruptions", "data", "offline")
     decides = {"name": name, "size": size, "fonts": matplotlib.__version__, "code": code}
     return cached(name, decides, lambda folder: build(name, size, folder))

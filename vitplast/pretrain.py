@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LOG_EVERY', 'SAVE_EVERY', 'PretrainConfig', 'Heads', 'patches', 'losses', 'Pretraining', 'hardware', 'probe',
-           'publish', 'snapshot_path', 'keep', 'train']
+           'publish', 'snapshot_path', 'is_published', 'keep', 'train']
 
-# %% ../nbs/library/pretrain.ipynb #01f711f2
+# %% ../nbs/library/pretrain.ipynb #114afb3f
 import copy
 import json
+import math
 import platform
 import time
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,7 @@ from .models import HEADER, ViTConfig, build, read, save
 from .store import replacing
 from .tasks import task
 
-# %% ../nbs/library/pretrain.ipynb #d9fd1b1c
+# %% ../nbs/library/pretrain.ipynb #056c1e8c
 @dataclass(frozen=True)
 class PretrainConfig:
     "One pretraining: what is trained, on which formula classes, how."
@@ -53,6 +54,12 @@ class PretrainConfig:
             )
         if self.images < self.batch or self.batch < 1:
             raise ValueError(f"images={self.images}, batch={self.batch}: expected at least one batch")
+        for name, low, high in (("lr", 0, math.inf), ("clip", 0, math.inf)):
+            if not low < getattr(self, name) < high:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a positive number")
+        for name in ("warmup", "curriculum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a share from 0 to 1")
 
     @property
     def steps(self) -> int:
@@ -106,7 +113,7 @@ def losses(model, heads, batch, config) -> dict:
         "texture_accuracy": (texture.argmax(-1) == label).sum() / (label >= 0).sum(),
     }
 
-# %% ../nbs/library/pretrain.ipynb #fc7b4f94
+# %% ../nbs/library/pretrain.ipynb #4c0060a2
 class Pretraining:
     "A pretraining under way: its state can be saved at any step and taken up again."
 
@@ -151,7 +158,10 @@ class Pretraining:
         }
         for k, p in self.parameters.items():
             tensors |= {f"optimizer.{name}.{k}": v for name, v in self.optimizer.state[p].items()}
-        header = {"config": asdict(self.config), "step": self.step, "seconds": self.seconds, "log": self.log}
+        header = {
+            "config": asdict(self.config), "step": self.step, "seconds": self.seconds, "log": self.log,
+            "device": self.device.type,
+        }  # fmt: skip
         with replacing(path) as file:
             save_file(
                 {k: v.cpu().contiguous() for k, v in tensors.items()},
@@ -166,6 +176,11 @@ class Pretraining:
             raise ValueError(
                 f"{path}: the state of another pretraining ({header.get('config')}); expected"
                 f" {asdict(self.config)}. Choose another folder"
+            )
+        if header.get("device") != self.device.type:  # its generator would draw other images
+            raise ValueError(
+                f"{path}: the state of a pretraining on {header.get('device')}, expected {self.device.type};"
+                " go on there, or choose another folder"
             )
         with torch.no_grad():
             for k, p in self.parameters.items():
@@ -213,7 +228,7 @@ def publish(run: Pretraining, path) -> dict:
         file.write_text(json.dumps(card, indent=1) + "\n")
     return card
 
-# %% ../nbs/library/pretrain.ipynb #52277938
+# %% ../nbs/library/pretrain.ipynb #1a64e7e6
 LOG_EVERY = 200  # steps between two rows of the log
 SAVE_EVERY = 60  # seconds between two states
 
@@ -223,13 +238,22 @@ def snapshot_path(path, images) -> Path:
     return Path(path).with_stem(f"{Path(path).stem}-{round(images / 1000)}k")
 
 
+def is_published(run, path) -> bool:
+    "Whether the weights of this step of this pretraining lie at `path`, with the card, which is written last."
+    try:
+        card = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return False
+    return path.exists() and (card.get("pretraining"), card.get("steps")) == (asdict(run.config), run.step)
+
+
 def keep(run, path):
     "Save the state and the log."
     run.save(path.with_suffix(".state"))
     with replacing(path.with_suffix(".csv")) as file:
         pd.DataFrame(run.log).to_csv(file, index=False)
 
-# %% ../nbs/library/pretrain.ipynb #3445d4b2
+# %% ../nbs/library/pretrain.ipynb #8d7bc857
 def train(config, path, device="cpu", snapshots=(), probes=20, compiled=False, progress=True) -> Pretraining:
     """Pretrain to the end, from the state beside `path` if there is one.
 
@@ -239,32 +263,41 @@ def train(config, path, device="cpu", snapshots=(), probes=20, compiled=False, p
     run, path = Pretraining(config, device, compiled), Path(path)
     if path.with_suffix(".state").exists():
         run.restore(path.with_suffix(".state"))
-    marks = {round(share * config.steps) for share in snapshots}
+    for share in snapshots:
+        if not 0 < share < 1:
+            raise ValueError(f"snapshot at {share!r}: expected a share of the training between 0 and 1")
+    marks = {}  # step -> file
+    for share in snapshots:
+        step = round(share * config.steps)
+        marks[step] = snapshot_path(path, step * config.batch)
+    if len(set(marks.values())) < len(snapshots):
+        raise ValueError(f"snapshots {list(snapshots)}: two of them are fewer than 1,000 images apart")
     probe_at = {LOG_EVERY * round(i * config.steps / probes / LOG_EVERY) for i in range(1, probes)} | {config.steps}
     started = saved = time.monotonic()
     before, recent, whole = run.seconds, [], True
     bar = tqdm(total=config.images, initial=run.step * config.batch, unit="img", unit_scale=True, disable=not progress)
     try:
         while run.step < config.steps:
-            snapshot = snapshot_path(path, run.step * config.batch)
-            if run.step in marks and not snapshot.exists():
-                publish(run, snapshot)
+            if run.step in marks and not is_published(run, marks[run.step]):
+                publish(run, marks[run.step])
             whole = False
             recent.append(run.update())
-            whole = True
             run.seconds = before + time.monotonic() - started
             bar.update(config.batch)
             if run.step % LOG_EVERY == 0 or run.step == config.steps:
                 means = {k: round(torch.stack([r[k] for r in recent]).nanmean().item(), 4) for k in recent[0]}
+                if not all(torch.isfinite(r["shape"]) and torch.isfinite(r["mask"]) for r in recent):
+                    raise ValueError(f"the loss is no longer finite after {run.step} steps: choose a smaller lr than {config.lr}")
                 score = round(probe(run.model, config), 4) if run.step in probe_at else None
                 row = {"images": run.step * config.batch, "seconds": round(run.seconds, 1), **means, "probe": score}
                 run.log, recent = [*run.log, row], []
                 bar.set_postfix({k: v for k, v in row.items() if k.endswith(("accuracy", "probe")) and v is not None})
+            whole = True
             if time.monotonic() - saved > SAVE_EVERY:
                 keep(run, path)
                 saved = time.monotonic()
     finally:
-        if run.step and whole:  # a step cut in two would not be the step of an undisturbed run
+        if run.step and whole:  # a step cut in two, or one whose row is missing, is not that of an undisturbed run
             keep(run, path)
         bar.close()
     return run
