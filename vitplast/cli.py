@@ -88,16 +88,16 @@ def demo(
         )
     typer.echo(f"{out / 'report.html'} written, {time.monotonic() - started:.0f} s", err=True)
 
-# %% ../nbs/library/cli.ipynb #c4102f54
+# %% ../nbs/library/cli.ipynb #33e7bfdc
 @app.command()
 def pretrain(
     out: Path = typer.Option(
         Path("formula-vit.safetensors"), help="File for the weights; card, log, state and snapshots lie beside it."
     ),
     size: str = typer.Option("small", help="tiny, small (formula-vit), base, or large (64 x 64, for a GPU)."),
-    steps: int = typer.Option(28_125, min=1, help="Updates; every image is drawn anew and seen once."),
-    batch: int = typer.Option(64, min=1, help="Images per update."),
-    lr: float = typer.Option(2e-3, min=0, help="Largest learning rate, of AdamW."),
+    steps: int = typer.Option(None, min=1, help="Updates; by default enough for 1.8 million images, each seen once."),
+    batch: int = typer.Option(None, min=1, help="Images per update, 64 by default."),
+    lr: float = typer.Option(None, min=0, help="Largest learning rate, of AdamW, 0.002 by default."),
     snapshots: str = typer.Option("", help="Shares of the training to keep the weights after, as 0.125,0.5."),
     probes: int = typer.Option(20, min=1, help="Linear probes on the digits' validation split, for the log."),
     seed: int = typer.Option(0, min=0, help="Of the first weights and of the images."),
@@ -138,9 +138,10 @@ def pretrain(
         device = devices[-1] if device == "auto" and len(devices) > 2 else device.replace("auto", "cpu")
         fast = {"bf16": bf16, "compiled": compiled}
         fast = {k: device == "cuda" if v is None else v for k, v in fast.items()}
+        batch = batch or PretrainConfig.batch
         config = PretrainConfig(
-            vit=SIZES[size], formula=FormulaConfig(size=SIZES[size].size), images=steps * batch, batch=batch, lr=lr,
-            bf16=fast["bf16"], seed=seed,
+            vit=SIZES[size], formula=FormulaConfig(size=SIZES[size].size), batch=batch, bf16=fast["bf16"], seed=seed,
+            images=steps * batch if steps else PretrainConfig.images, lr=PretrainConfig.lr if lr is None else lr,
         )  # fmt: skip
         run = train(config, out, device, shares, probes, fast["compiled"])
         card = publish(run, out)

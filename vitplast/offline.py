@@ -117,7 +117,7 @@ def filled(polygons, points) -> np.ndarray:
         winding += ((y1 <= y) & (y < y2) & (left > 0)).sum(1) - ((y2 <= y) & (y < y1) & (left < 0)).sum(1)
     return winding != 0
 
-# %% ../nbs/library/offline.ipynb #9fb172fa
+# %% ../nbs/library/offline.ipynb #fda79a5f
 @lru_cache(maxsize=1)
 def glyphs(side=64) -> tuple:
     """Every character in every cut: masks (M, 1, side, side) in {0, 1}, characters (M,), cuts (M,), families (M,).
@@ -142,7 +142,7 @@ def glyphs(side=64) -> tuple:
     masks, *labels = map(np.array, zip(*found))
     return torch.from_numpy(masks).double().view(-1, 1, side, side), *labels
 
-
+# %% ../nbs/library/offline.ipynb #0ce259f5
 def alike(mask, other) -> bool:
     "Whether two masks share more than 95% of the points that either covers."
     return (mask & other).sum() > 0.95 * (mask | other).sum()
@@ -160,7 +160,7 @@ def typeset(style, copies, seeds):
 
     return make
 
-# %% ../nbs/library/offline.ipynb #e87772a9
+# %% ../nbs/library/offline.ipynb #92010600
 N_BREEDS, N_SPECIES, DIVERSITY = 37, 6, 0.8
 
 
@@ -173,7 +173,7 @@ def breed_contours() -> Contours:
     contours.phase, contours.hole = contours.phase[species], contours.hole[species]
     return contours
 
-
+# %% ../nbs/library/offline.ipynb #508a80a5
 def breeds(size) -> tuple:
     "Thirty-seven variants of six contours on textured grounds: classes, splits, test sources."
     formula, contours = ground(size), breed_contours()
@@ -183,7 +183,7 @@ def breeds(size) -> tuple:
 
     return tuple(f"breed {i}" for i in range(N_BREEDS)), *drawn(draw, N_BREEDS, (100, 25, 50), (30, 31, 32))
 
-
+# %% ../nbs/library/offline.ipynb #24f0314f
 def drawn(draw, n_classes, per_class, seeds) -> tuple:
     "Splits in which every image is drawn anew by `draw(labels, g)`, and the size of the test split."
     splits = {}
@@ -208,7 +208,7 @@ def textures(size) -> tuple:
 
     return tuple(f"texture {i}" for i in range(n)), *drawn(draw, n, (40, 10, 20), (40, 41, 42))
 
-# %% ../nbs/library/offline.ipynb #3d68d5da
+# %% ../nbs/library/offline.ipynb #2d7715c2
 MAKERS = {
     "digits": digits,
     "glyphs": typeset(photo, (5, 3, 5), (10, 11, 12)),
@@ -221,7 +221,7 @@ OFFLINE = (
     "digits", "glyphs", *(f"digits_c/{c}@5" for c in CORRUPTIONS), "clipart", "sketch", "textures", "breeds",
 )  # fmt: skip
 
-
+# %% ../nbs/library/offline.ipynb #c24eb7af
 def build(name, size, folder) -> dict:
     "Fill a folder with an offline task; returns the facts for its task.json."
     maker, _, corruption = name.partition("/")

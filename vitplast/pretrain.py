@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'LOG_EVERY', 'SAVE_EVERY', 'PretrainConfig', 'Heads', 'patches', 'losses', 'Pretraining', 'hardware', 'probe',
-           'publish', 'snapshot_path', 'is_published', 'keep', 'train']
+           'publish', 'snapshot_path', 'snapshot_files', 'is_published', 'keep', 'train']
 
 # %% ../nbs/library/pretrain.ipynb #114afb3f
 import copy
@@ -28,14 +28,14 @@ from .models import HEADER, ViTConfig, build, read, save
 from .store import replacing
 from .tasks import task
 
-# %% ../nbs/library/pretrain.ipynb #056c1e8c
+# %% ../nbs/library/pretrain.ipynb #f6fd2e39
 @dataclass(frozen=True)
 class PretrainConfig:
     "One pretraining: what is trained, on which formula classes, how."
 
     vit: ViTConfig = field(default_factory=ViTConfig)
     formula: FormulaConfig = field(default_factory=FormulaConfig)
-    images: int = 300_000  # how many are drawn, each seen once
+    images: int = 1_800_000  # how many are drawn, each seen once
     batch: int = 64
     lr: float = 2e-3  # of AdamW, at the end of the warm-up
     weight_decay: float = 0.05  # on matrices only
@@ -228,7 +228,7 @@ def publish(run: Pretraining, path) -> dict:
         file.write_text(json.dumps(card, indent=1) + "\n")
     return card
 
-# %% ../nbs/library/pretrain.ipynb #1a64e7e6
+# %% ../nbs/library/pretrain.ipynb #45203478
 LOG_EVERY = 200  # steps between two rows of the log
 SAVE_EVERY = 60  # seconds between two states
 
@@ -236,6 +236,18 @@ SAVE_EVERY = 60  # seconds between two states
 def snapshot_path(path, images) -> Path:
     "Where the weights after that many images lie: model.safetensors, 300000 -> model-300k.safetensors."
     return Path(path).with_stem(f"{Path(path).stem}-{round(images / 1000)}k")
+
+
+def snapshot_files(config, path, shares) -> dict:
+    "Step and file of each snapshot; ValueError for a share outside (0, 1) or two that would share a file."
+    steps = [round(share * config.steps) for share in shares]
+    for share in shares:
+        if not 0 < share < 1:
+            raise ValueError(f"snapshot at {share!r}: expected a share of the training between 0 and 1")
+    files = {step: snapshot_path(path, step * config.batch) for step in steps}
+    if len(set(files.values())) < len(steps):
+        raise ValueError(f"snapshots {list(shares)}: two of them are fewer than 1,000 images apart")
+    return files
 
 
 def is_published(run, path) -> bool:
@@ -253,7 +265,7 @@ def keep(run, path):
     with replacing(path.with_suffix(".csv")) as file:
         pd.DataFrame(run.log).to_csv(file, index=False)
 
-# %% ../nbs/library/pretrain.ipynb #8d7bc857
+# %% ../nbs/library/pretrain.ipynb #3acbfd01
 def train(config, path, device="cpu", snapshots=(), probes=20, compiled=False, progress=True) -> Pretraining:
     """Pretrain to the end, from the state beside `path` if there is one.
 
@@ -263,15 +275,7 @@ def train(config, path, device="cpu", snapshots=(), probes=20, compiled=False, p
     run, path = Pretraining(config, device, compiled), Path(path)
     if path.with_suffix(".state").exists():
         run.restore(path.with_suffix(".state"))
-    for share in snapshots:
-        if not 0 < share < 1:
-            raise ValueError(f"snapshot at {share!r}: expected a share of the training between 0 and 1")
-    marks = {}  # step -> file
-    for share in snapshots:
-        step = round(share * config.steps)
-        marks[step] = snapshot_path(path, step * config.batch)
-    if len(set(marks.values())) < len(snapshots):
-        raise ValueError(f"snapshots {list(snapshots)}: two of them are fewer than 1,000 images apart")
+    marks = snapshot_files(config, path, snapshots)
     probe_at = {LOG_EVERY * round(i * config.steps / probes / LOG_EVERY) for i in range(1, probes)} | {config.steps}
     started = saved = time.monotonic()
     before, recent, whole = run.seconds, [], True

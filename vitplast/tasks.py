@@ -19,7 +19,7 @@ from .published import PAPER, published_task
 # %% ../nbs/library/tasks.ipynb #8f39695b
 SUITES = {"offline": OFFLINE, "paper": PAPER}
 
-# %% ../nbs/library/tasks.ipynb #bbe0ba22
+# %% ../nbs/library/tasks.ipynb #9986381a
 FOLDER_OPTIONS = ("workers", "skip_corrupt", "progress")
 PUBLISHED_OPTIONS = ("root", "download", "stored", *FOLDER_OPTIONS)
 
@@ -34,7 +34,7 @@ def suite_of(name) -> "str | None":
             return suite
     return None
 
-
+# %% ../nbs/library/tasks.ipynb #1809e9b3
 def task(name, size=None, **options) -> Task:
     """A task by name, or from a folder of class folders.
 
@@ -62,7 +62,7 @@ def task(name, size=None, **options) -> Task:
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5) or known
     raise ValueError(f"unknown task {str(name)!r}: no folder of that name; nearest known: {near}")
 
-
+# %% ../nbs/library/tasks.ipynb #e2a0106a
 def tasks(suite, size=None, **options) -> list:
     "All tasks of a suite, 'offline' or 'paper', in the order of SUITES; ValueError for another."
     if suite not in SUITES:
