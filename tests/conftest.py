@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vitplast.data import Split, Task
 
 torch.set_num_threads(1)
+WORST = {}  # component -> largest measured / bound that the tests of the theory have seen
 _cache = tempfile.TemporaryDirectory()  # removed at the end of the session
 os.environ["VITPLAST_CACHE"] = _cache.name
 
@@ -30,6 +31,11 @@ def tiny_vit(seed=0, **kwargs) -> VisionTransformer:
 def noise(n, seed=0, size=16, channels=3, dtype=torch.float64):
     "n random images."
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if WORST:
+        terminalreporter.write_line("largest measured / bound: " + ", ".join(f"{k} {v:.6f}" for k, v in sorted(WORST.items())))
 
 
 @pytest.fixture

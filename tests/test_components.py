@@ -24,6 +24,8 @@ VARIANTS = {
     "norm before the blocks": dict(pre_norm=True),
     "one channel": dict(in_chans=1),
     "with head": dict(num_classes=5),
+    "RMSNorm": dict(norm_layer="rmsnorm"),
+    "RMSNorm of torch": dict(norm_layer=torch.nn.RMSNorm),
 }
 
 
@@ -46,7 +48,8 @@ def test_weights_say_what_the_module_computes(options):
     for c in vp.components(model):
         x, w = torch.randn(4, c.width, generator=g, dtype=torch.float64), c.weights()
         if c.kind in ("LN1", "LN2"):
-            expected = torch.stack([w.gamma * (t - t.mean()) / ((t - t.mean()).square().mean() + w.eps).sqrt() + w.beta for t in x])
+            centred = [t - t.mean() * w.centred for t in x]
+            expected = torch.stack([w.gamma * t / (t.square().mean() + w.eps).sqrt() + w.beta for t in centred])
         elif c.kind == "MHA":
             expected = w.b_o.expand(4, -1)
             for h in range(len(w.Q)):
@@ -95,7 +98,7 @@ def test_every_timm_vit_is_covered_or_refused_with_a_reason():
 @pytest.mark.parametrize("options, reason", [
     (dict(qk_norm=True), "qk-norm"), (dict(scale_attn_norm=True), "output before the projection"), (dict(scale_mlp_norm=True), "between the layers"),
     (dict(mlp_layer=SwiGLUPacked), "gated"), (dict(block_fn=ResPostBlock, init_values=1e-5), "post-norm"), (dict(block_fn=ParallelScalingBlock), "parallel"),
-    (dict(norm_layer="rmsnorm"), "expected LayerNorm"),
+    (dict(norm_layer="simplenorm"), "SimpleNorm, expected LayerNorm or RMSNorm"),
 ])  # fmt: skip
 def test_other_functions_are_refused_by_name(options, reason):
     with pytest.raises(TypeError, match=reason):

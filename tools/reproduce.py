@@ -29,7 +29,7 @@ def execute(path):
 
 
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning:torch.jit._script"}
     for page in [Path(a).resolve() for a in sys.argv[1:]] or pages():
         started = time.monotonic()
         execute(page)

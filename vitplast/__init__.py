@@ -7,11 +7,12 @@ from vitplast.bounds import bounds
 from vitplast.components import Component, components
 from vitplast.data import Task
 from vitplast.finetune import FinetuneConfig, Run, finetune, linear_probe, trainable
+from vitplast.lipschitz import lipschitz
 from vitplast.models import load
 from vitplast.plasticity import plasticity
 from vitplast.tasks import task, tasks
 
 __all__ = [
     "Component", "FinetuneConfig", "Run", "Task",
-    "bounds", "components", "finetune", "linear_probe", "load", "plasticity", "task", "tasks", "trainable",
+    "bounds", "components", "finetune", "linear_probe", "lipschitz", "load", "plasticity", "task", "tasks", "trainable",
 ]  # fmt: skip
