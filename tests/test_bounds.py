@@ -42,7 +42,7 @@ def check_model(seed, heads, d_head, depth, inputs, scale, size, flip, bias, nor
 
 
 models = given(
-    seed=st.integers(0, 10**6), heads=st.sampled_from([1, 2, 3]), d_head=st.sampled_from([1, 4, 5]), depth=st.integers(1, 2), inputs=st.sampled_from(["embedding", "native"]),
+    seed=st.integers(0, 10**6), heads=st.sampled_from([1, 2, 3]), d_head=st.sampled_from([2, 4, 5]), depth=st.integers(1, 2), inputs=st.sampled_from(["embedding", "native"]),
     scale=st.floats(0.1, 3), size=st.sampled_from([8, 16, 24]), flip=st.booleans(), bias=st.booleans(), norm=st.sampled_from([None, "rmsnorm"]),
 )  # fmt: skip
 

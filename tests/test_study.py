@@ -38,7 +38,7 @@ def made_up() -> Study:
     cells = [(i, b, c) for i in ("embedding", "native") for b in (0, 1) for c in ("LN1", "MHA")]
     value = {"LN1": 0.5, "MHA": 2.0}
     plastic = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "inputs": i, "plasticity": value[c] + b, "ci_low": 0.1, "ci_high": 9.0, "max_ratio": value[c] + b + 1, "n_pairs": 4, "zero_pairs": 0} for i, b, c in cells])
-    bound = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "kind": "published", "inputs": i, "bound": 4 * (value[c] + b + 1), "radius": np.nan, "sigma": np.nan, "n_tokens": None, "proven": c == "LN1"} for i, b, c in cells])
+    bound = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "kind": k, "inputs": i, "bound": s * (value[c] + b + 1), "radius": np.nan, "sigma": np.nan, "n_tokens": None, "proven": c == "LN1" or k == "hull"} for i, b, c in cells for k, s in (("published", 8), ("hull", 4))])
     runs = pd.DataFrame(rows)
     curves = pd.DataFrame([{"step": s, "loss": 1.0, "grad_norm": 1.0, "validation_accuracy": 0.5, "component": c, "lr": 0.1, "seed": 0} for c in ("LN1", "MHA", "head") for s in (10, 20)])
     facts = {"model": "formula-vit", "task": "digits", "pairs": 4, "steps": 20, "lrs": [0.1, 0.2], "seeds": [0, 1], "classes": 10, "train": 1, "validation": 1, "test": 100, "test_sources": 25, "linear_probe": 0.3, "hardware": "a CPU", "versions": {"torch": "x"}}
@@ -52,14 +52,14 @@ def test_the_rate_is_chosen_on_validation_and_never_on_test():
     assert table.test_accuracies["MHA"] == [0.5, 0.7] and np.isclose(table.test_accuracy["MHA"], 0.6)  # 0.9 at the other rate
     assert list(table.index) == ["MHA", "LN1", "head"]
     assert np.isclose(table.plasticity["MHA"], 2.5) and table.low_block["MHA"] == 2 and table.high_block["MHA"] == 3
-    assert np.isclose(table.bound["LN1"], 8) and np.isclose(table.tightness["LN1"], 4)
+    assert np.isclose(table.bound["LN1"], 8) and np.isclose(table.tightness["LN1"], 4) and np.isclose(table.published["LN1"], 16)
     assert rank_agreement(summary(s))[0] == pytest.approx(1)
 
 
 def test_the_table_and_the_sentences_say_the_same():
     s = made_up()
     shown = display_frame(s).set_index("component")
-    assert shown["test accuracy"]["MHA"] == "60.0 ± 14.1" and shown["over head"]["MHA"] == "+40.0" and shown["bound"]["MHA"].endswith("*")
+    assert shown["test accuracy"]["MHA"] == "60.0 ± 14.1" and shown["over head"]["MHA"] == "+40.0" and shown["bound"]["MHA"] == "14" and shown["published"]["MHA"] == "28*" and shown["published"]["LN1"] == "16"
     assert shown["plasticity"]["LN1"] == "1.00 (0.50-1.50)" and shown["gradient"]["head"] == ""
     text = " ".join(findings(s))
     assert "MHA > LN1" in text and "MHA is best alone, 20.0 points before LN1" in text and "linear probe 30.0%" not in text  # no `all` here

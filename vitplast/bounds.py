@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_BOUND', 'Domain', 'measure', 'join', 'measure_domains', 'norm_row', 'linear_row', 'attention_row',
-           'bound_row', 'check_domain', 'bounds']
+           'bound_row', 'check_domain', 'same_as', 'bounds']
 
 # %% ../nbs/theory/bounds.ipynb #54d73435
 import math
@@ -170,7 +170,15 @@ def check_domain(x, radius, sigma, inputs, kinds):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r}: expected a positive number")
 
-# %% ../nbs/theory/bounds.ipynb #46abf7ea
+# %% ../nbs/theory/bounds.ipynb #e4e83f16
+def same_as(w, domain, kind) -> str:
+    "The first kind whose bound for weights `w` is the same number."
+    if isinstance(w, Attention) or kind == "published":
+        return kind
+    held = isinstance(w, Linear) and domain is not None and (domain.low == domain.high).any()
+    return "published" if isinstance(w, Linear) and not held else "sharp"
+
+# %% ../nbs/theory/bounds.ipynb #2f22309e
 def bounds(
     model,
     x=None,
@@ -210,7 +218,7 @@ def bounds(
     rows, found = [], {}
     for k in kinds:
         for c, domain in zip(parts.components, domains):
-            used = k if isinstance(c.weights(), Attention) or k == "published" else "sharp"  # computed once
+            used = same_as(c.weights(), domain, k)
             if (c.name, used) not in found:
                 found[c.name, used] = bound_row(c, domain, radius, sigma, n_tokens, used)
             rows.append(

@@ -36,22 +36,23 @@ def large(value) -> str:
     "Three significant digits, in scientific notation from 10,000 on."
     return "" if math.isnan(value) else f"{value:.1e}" if value >= 1e4 else f"{value:.3g}"
 
-# %% ../nbs/library/report.ipynb #64abedfe
+# %% ../nbs/library/report.ipynb #29d9cd6d
 def display_frame(s: Study) -> pd.DataFrame:
     "The summary as strings for people, in the order of test accuracy."
     t = summary(s)
     head = t.loc[t.component == "head", "test_accuracy"]
     base = head.iloc[0] if len(head) else math.nan
     is_part = t.component.isin(KINDS)
-    unproven = is_part & (t.proven == False)  # noqa: E712, an object column with missing values
+    unproven = is_part & (t.published_proven == False)  # noqa: E712, an object column with missing values
     return pd.DataFrame({
         "component": t.component,
         "test accuracy": [spread(a) for a in t.test_accuracies],
         "over head": [f"{100 * (a - base):+.1f}" if not math.isnan(base) else "" for a in t.test_accuracy],
         "plasticity": [f"{m:.2f} ({a:.2f}-{b:.2f})" if ok else "" for m, a, b, ok in zip(t.plasticity, t.low_block, t.high_block, is_part)],
         "embedding": [f"{v:.2f}" if ok else "" for v, ok in zip(t.embedding, is_part)],
-        "bound": [large(v) + "*" * bool(u) for v, u in zip(t.bound, unproven)],
+        "bound": [large(v) for v in t.bound],
         "bound / max": [large(v) for v in t.tightness],
+        "published": [large(v) + "*" * bool(u) for v, u in zip(t.published, unproven)],
         "gradient": ["" if math.isnan(v) else f"{v:.2f}" for v in t.grad_norm],
         "parameters": [f"{n:,}" for n in t.n_trained],
         "rate": [f"{v:g}" for v in t.lr],
@@ -153,12 +154,13 @@ def table_html(frame) -> str:
         body += "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/library/report.ipynb #ca394d08
+# %% ../nbs/library/report.ipynb #a00fa21d
 FOOTNOTE = (
     "plasticity: mean over blocks of ||f(x) - f(y)|| / ||x - y|| on what each component receives, with the"
     " lowest and the highest block; embedding: the same with the first block's input everywhere. bound:"
-    " published upper bound, mean over blocks; * its assumption of no query bias does not hold here, so it is"
-    " a formula and not a proven bound. bound / max: over the largest ratio seen, median over blocks."
+    " proven upper bound on the convex hull of the images, mean over blocks. bound / max: over the largest"
+    " ratio seen, median over blocks. published: the paper's bound; * its assumption of no query bias does not"
+    " hold here, so it is a formula and not a bound."
     " gradient: mean norm before clipping. over head: points above training the head alone."
 )
 

@@ -125,7 +125,7 @@ def run_grid(config: StudyConfig, store: Store, progress=True) -> list:
                 raise
     return [found[i] for i in range(len(grid))]
 
-# %% ../nbs/library/study.ipynb #1046c59a
+# %% ../nbs/library/study.ipynb #7a9bbd89
 FRAMES = ("plasticity", "bounds", "runs", "curves")
 
 
@@ -134,7 +134,7 @@ class Study:
     "What was measured, as tidy frames, and where it comes from."
 
     plasticity: pd.DataFrame  # rows: inputs x block x component
-    bounds: pd.DataFrame  # rows: inputs x block x component, on the same images
+    bounds: pd.DataFrame  # rows: inputs x kind of bound x block x component, on the same images
     runs: pd.DataFrame  # rows: finetuning runs
     curves: pd.DataFrame  # rows: component x step, of the chosen learning rate and the first seed
     facts: dict  # configuration, linear probe, sizes, versions, hardware
@@ -186,7 +186,7 @@ def chosen_curves(records, runs, every=10) -> pd.DataFrame:
             frames.append(means.assign(component=name, lr=c["lr"], seed=c["seed"]).reset_index(drop=True))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/library/study.ipynb #cc4ab4ed
+# %% ../nbs/library/study.ipynb #4ab27bf3
 def study(config: StudyConfig, out, progress=True) -> Study:
     """Measure, bound and finetune; runs are kept in out/runs and the frames in `out`. The same
     configuration gives the same numbers."""
@@ -200,7 +200,7 @@ def study(config: StudyConfig, out, progress=True) -> Study:
     plastic, bound = [], []
     for inputs in tqdm(INPUTS, desc="measuring", unit="protocol", disable=not progress):
         plastic.append(plasticity(model, old, new, inputs=inputs))
-        bound.append(bounds(model, torch.cat([old, new]), inputs=inputs))
+        bound.append(bounds(model, torch.cat([old, new]), inputs=inputs, kind=("published", "hull")))
     probe = linear_probe(model, made)
     records = run_grid(config, store, progress)
     runs = run_frame(records)
@@ -218,13 +218,13 @@ def study(config: StudyConfig, out, progress=True) -> Study:
     result.save(out)
     return result
 
-# %% ../nbs/library/study.ipynb #f4e3c034
+# %% ../nbs/library/study.ipynb #df1d15c1
 def summary(s: Study) -> pd.DataFrame:
     """One row per selection, best mean test accuracy first: plasticity (mean, lowest and highest block),
-    bound, gradient norm, accuracies."""
+    bound on the hull of the images and the published one, gradient norm, accuracies."""
     means = s.plasticity.groupby(["component", "inputs"]).plasticity.agg(["mean", "min", "max"]).unstack()
     both = s.plasticity.merge(s.bounds, on=["inputs", "block", "component"])
-    native = both[both.inputs == "native"].groupby("component")
+    native = both[both.inputs == "native"].groupby(["component", "kind"])
     rate, rows = best_rates(s.runs), []
     for name in s.runs.component.unique():
         mine = s.runs[(s.runs.component == name) & (s.runs.lr == rate[name])]
@@ -238,15 +238,16 @@ def summary(s: Study) -> pd.DataFrame:
             "n_trained": int(mine.n_trained.iloc[0]),
         }
         if name in KINDS:
-            part, p = native.get_group(name), means.loc[name]
+            hull, published, p = *(native.get_group((name, k)) for k in ("hull", "published")), means.loc[name]
             row |= {
                 "plasticity": p["mean", "native"],
                 "low_block": p["min", "native"],
                 "high_block": p["max", "native"],
                 "embedding": p["mean", "embedding"],
-                "bound": part.bound.mean(),
-                "tightness": (part.bound / part.max_ratio).median(),
-                "proven": bool(part.proven.all()),
+                "bound": hull.bound.mean(),
+                "tightness": (hull.bound / hull.max_ratio).median(),
+                "published": published.bound.mean(),
+                "published_proven": bool(published.proven.all()),
             }
         rows.append(row)
     return pd.DataFrame(rows).sort_values("test_accuracy", ascending=False, ignore_index=True)
