@@ -138,6 +138,11 @@ def test_a_given_spread_is_the_domain_of_the_norms(model):
         vp.bounds(model, noise(3), inputs="native", sigma=100)
 
 
+def test_a_kind_that_is_named_twice_is_computed_once(model):
+    twice, once = vp.bounds(model, radius=1.0, kind=["sharp", "published", "sharp"]), vp.bounds(model, radius=1.0, kind="sharp")
+    assert len(twice) == 2 * len(once) and twice[twice.kind == "sharp"].bound.tolist() == once.bound.tolist()
+
+
 def test_tokens_that_are_not_finite_are_named(model):
     with torch.no_grad():
         model.blocks[1].norm1.weight.fill_(math.inf)
@@ -170,6 +175,9 @@ def test_a_zero_spread_is_infinite_and_not_a_number():
     (dict(radius=1.0, sigma=0.0), "sigma=0.0: expected a positive number"),
     (dict(radius=1.0, sigma=-1), "sigma=-1"),
     (dict(radius=1.0, kind=("sharp", "best")), "kind='best': expected one of"),
+    (dict(radius="1"), "radius='1': expected a positive number"),
+    (dict(radius=1.0, kind=None), "kind=None: expected one of"),
+    (dict(radius=1.0, kind=()), r"kind=\(\): expected one of"),
     (dict(radius=1.0, kind="hull"), "the hull is that of images: expected x"),
     (dict(radius=1.0, kind="shrap"), "kind='shrap': expected one of"),
     (dict(radius=1.0, inputs="both"), "inputs='both'"),

@@ -55,8 +55,10 @@ def test_the_model_is_left_alone():
     assert not model.blocks[0].attn.qkv.weight.requires_grad and model.blocks[1].attn.qkv.weight.requires_grad
     assert model.training and all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-    with pytest.raises(Exception), torch.no_grad():  # labels outside the classes
+    with pytest.raises(ValueError, match=r"labels: shape \(2,\), 0 to 9; expected \(2,\), 0 to 3"), torch.no_grad():
         gradient_bounds(model, noise(2), torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match=r"labels: shape \(3,\)"):
+        gradient_bounds(model, noise(2), torch.tensor([0, 1, 2]))
     assert model.training and not any(m._forward_hooks for m in model.modules()) and not model.blocks[0].attn.qkv.weight.requires_grad
 
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_BOUND', 'Domain', 'measure', 'join', 'measure_domains', 'norm_row', 'linear_row', 'attention_row',
-           'bound_row', 'check_domain', 'same_as', 'bounds']
+           'bound_row', 'check_positive', 'check_domain', 'same_as', 'bounds']
 
-# %% ../nbs/theory/bounds.ipynb #54d73435
+# %% ../nbs/theory/bounds.ipynb #f426623c
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -152,7 +153,13 @@ def bound_row(component, domain, radius, sigma, n_tokens, kind) -> dict:
         )
     return row | attention_row(w, domain, radius, n_tokens, kind)
 
-# %% ../nbs/theory/bounds.ipynb #f7430f3b
+# %% ../nbs/theory/bounds.ipynb #346afc56
+def check_positive(name, value):
+    "ValueError unless the value is None or a positive, finite number."
+    if value is not None and not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}={value!r}: expected a positive number")
+
+
 def check_domain(x, radius, sigma, inputs, kinds):
     "ValueError for arguments of `bounds` that name no domain."
     if unknown := [k for k in kinds if k not in KINDS_OF_BOUND]:
@@ -166,9 +173,7 @@ def check_domain(x, radius, sigma, inputs, kinds):
             else "expected images x, to measure the radius of its tokens, or a radius"
         )
         raise ValueError(f"attention has no global Lipschitz constant; {hull}")
-    for name, value in (("radius", radius), ("sigma", sigma)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}={value!r}: expected a positive number")
+    check_positive("radius", radius), check_positive("sigma", sigma)
 
 # %% ../nbs/theory/bounds.ipynb #e4e83f16
 def same_as(w, domain, kind) -> str:
@@ -178,7 +183,7 @@ def same_as(w, domain, kind) -> str:
     held = isinstance(w, Linear) and domain is not None and (domain.low == domain.high).any()
     return "published" if isinstance(w, Linear) and not held else "sharp"
 
-# %% ../nbs/theory/bounds.ipynb #2f22309e
+# %% ../nbs/theory/bounds.ipynb #e82d927c
 def bounds(
     model,
     x=None,
@@ -202,7 +207,7 @@ def bounds(
     Raises ValueError without images or radius, for a radius smaller or a sigma larger than the tokens' own.
     Source: Odonnat et al. 2026 and Castin et al. 2024 (published); Theorems 6 to 20 of the book.
     """
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    kinds = tuple(dict.fromkeys(kind)) if isinstance(kind, (tuple, list)) and kind else (kind,)
     check_domain(x, radius, sigma, inputs, kinds)
     parts = anatomy(model)
     if x is None:

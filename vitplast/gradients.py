@@ -54,7 +54,7 @@ def gain(w, tokens) -> float:
         return spectral_norm(with_ones(tokens.double().flatten(0, 1))).item()
     return (norm_gain if isinstance(w, Norm) else attention_gain)(w, tokens).item()
 
-# %% ../nbs/theory/gradients.ipynb #40f20ed9
+# %% ../nbs/theory/gradients.ipynb #891879e8
 def backward(model, parts, images, labels) -> tuple:
     """Of every component: the tokens that enter it, the gradient of the cross-entropy at its output, and those
     of its own parameters, frozen or not."""
@@ -67,7 +67,13 @@ def backward(model, parts, images, labels) -> tuple:
             )
         with evaluating(model), torch.enable_grad():
             model.requires_grad_(True)
-            loss = cross_entropy(model(images), labels)
+            logits = model(images)
+            if labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+                raise ValueError(
+                    f"labels: shape {tuple(labels.shape)}, {labels.min()} to {labels.max()}; expected"
+                    f" ({len(images)},), 0 to {logits.shape[1] - 1}"
+                )
+            loss = cross_entropy(logits, labels)
             entering, leaving = zip(*(received[i] for i in range(len(received))))
             signals = torch.autograd.grad(loss, leaving, retain_graph=True)
             own = [
@@ -81,17 +87,19 @@ def backward(model, parts, images, labels) -> tuple:
             p.requires_grad_(flag)
     return [t.detach() for t in entering], signals, own
 
-# %% ../nbs/theory/gradients.ipynb #a3354d17
+# %% ../nbs/theory/gradients.ipynb #5abbd050
 def gradient_bounds(model, images, labels) -> pd.DataFrame:
     """The gradient of the cross-entropy with respect to each component's parameters, and its bound.
 
     images: normalised (N, C, H, W); labels (N,). Frozen parameters are measured, too; nothing is changed.
     Returns a frame: block, depth, component, signal (norm of the gradient at its output), gain, bound (their product),
     gradient (measured norm over all its parameters).
-    Raises ValueError for a model without a head.
+    Raises ValueError for a model without a head, or labels that do not fit it.
     """
     parts = anatomy(model)
     parts.check(images)
+    device = next(model.parameters()).device
+    images, labels = images.to(device), labels.to(device)
     if not parts.head():
         raise ValueError(
             "the model has no head: expected one, vitplast.components.anatomy(model).reset_head(n_classes) makes it"

@@ -6,7 +6,7 @@
 __all__ = ['size', 'power_iteration', 'norm_step', 'hull_step', 'ball_step', 'ascend', 'in_double', 'worst_pair', 'lower_bounds',
            'lipschitz']
 
-# %% ../nbs/theory/lipschitz.ipynb #4c7723e1
+# %% ../nbs/theory/lipschitz.ipynb #c4c0dd41
 import math
 
 import pandas as pd
@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from .bounds import check_positive
 from .components import Attention, Linear, Norm, anatomy, evaluating, visit
 from .norms import spreads
 from .plasticity import image_batches
@@ -125,7 +126,7 @@ def lower_bounds(component, x, radius, iterations, steps, seed) -> dict:
     return {"pair": pair, "local": local[best].item(), "residual": residual[best].item(), "adversarial": highest.max().item(),
             "lower": max(highest.max().item(), 0.0 if math.isnan(pair) else pair), "n_images": len(x)}  # fmt: skip
 
-# %% ../nbs/theory/lipschitz.ipynb #cb1608f0
+# %% ../nbs/theory/lipschitz.ipynb #152dd99d
 def lipschitz(
     model, x, inputs="embedding", radius=None, iterations=50, steps=20, batch_size=64, seed=0, progress=False
 ) -> pd.DataFrame:
@@ -139,8 +140,7 @@ def lipschitz(
     `steps` of ascent), lower (the largest), n_images.
     Raises ValueError without images, or for a radius smaller than the tokens' own.
     """
-    if radius is not None and not (math.isfinite(radius) and radius > 0):
-        raise ValueError(f"radius={radius!r}: expected a positive number")
+    check_positive("radius", radius)
     for name, n in (("iterations", iterations), ("steps", steps)):
         if not (isinstance(n, int) and n > 0):
             raise ValueError(f"{name}={n!r}: expected a positive integer")
