@@ -165,7 +165,7 @@ def test_a_zero_spread_is_infinite_and_not_a_number():
         block.norm1.eps = 0.0
     frame = vp.bounds(model, noise(2), kind=KINDS_OF_BOUND)
     flat = frame[frame.component == "LN1"]
-    assert np.isinf(flat.bound).all() and (flat.reason == "a token is constant and eps = 0: sigma = 0").all()
+    assert np.isinf(flat.bound).all() and (flat.reason == "a token has no spread and eps = 0: sigma = 0").all()
 
 
 @pytest.mark.parametrize("kwargs, message", [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['published_attention', 'column_sum', 'head_bounds', 'join_heads', 'Ball', 'enclosing_ball', 'join_balls',
-           'ball_attention', 'Extremes', 'diameter', 'extremes', 'hull_attention']
+           'ball_attention', 'Extremes', 'diameter', 'extremes', 'score_width', 'hull_attention']
 
 # %% ../nbs/theory/attention.ipynb #9261a5c8
 import math
@@ -134,13 +134,18 @@ def extremes(w: Attention, tokens) -> Extremes:
         alpha=spread_keys / 2,
     )
 
-# %% ../nbs/theory/attention.ipynb #77af9639
+# %% ../nbs/theory/attention.ipynb #ebd6c6ae
+def score_width(w: Attention, seen: Extremes) -> torch.Tensor:
+    "Largest difference of two scores of a row (heads,), the omega of Theorems 19 and 20."
+    if w.rotary:
+        return 2 * w.scale * seen.queries * seen.keys
+    return torch.minimum(seen.kappa * seen.tokens, w.scale * seen.queries * seen.key_spread)
+
+
 def hull_attention(w: Attention, seen: Extremes, n_tokens) -> float:
     "Theorem 19 (for rotary embeddings, Theorem 20): token matrices in the convex hull of the measured ones."
     if w.rotary:
         kappa, alpha = w.scale * spectral_norm(w.K) * seen.queries, w.scale * spectral_norm(w.Q) * seen.keys
-        width = 2 * w.scale * seen.queries * seen.keys
     else:
         kappa, alpha = seen.kappa, seen.alpha
-        width = torch.minimum(kappa * seen.tokens, w.scale * seen.queries * seen.key_spread)
-    return join_heads(w.O, head_bounds(w, n_tokens, kappa, seen.zeta, alpha, width))
+    return join_heads(w.O, head_bounds(w, n_tokens, kappa, seen.zeta, alpha, score_width(w, seen)))

@@ -88,7 +88,7 @@ def measure_domains(model, parts, source, inputs, kinds, batch_size, progress) -
         raise ValueError("x: no images, expected at least one")
     return domains
 
-# %% ../nbs/theory/bounds.ipynb #75320d59
+# %% ../nbs/theory/bounds.ipynb #5a09ff86
 def norm_row(w: Norm, domain, sigma, kind) -> dict:
     "Bound, domain and reason of a norm."
     where = "all tokens"
@@ -97,7 +97,7 @@ def norm_row(w: Norm, domain, sigma, kind) -> dict:
         where = f"tokens of spread at least {sigma:.4g}"
     else:
         sigma = math.sqrt(w.eps)
-    reason = "" if sigma > 0 else "a token is constant and eps = 0: sigma = 0"
+    reason = "" if sigma > 0 else "a token has no spread and eps = 0: sigma = 0"
     return {"bound": norm_bound(w, sigma, kind), "sigma": sigma, "domain": where, "reason": reason}
 
 

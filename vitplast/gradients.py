@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['with_ones', 'norm_gain', 'attention_gain', 'gain', 'backward', 'gradient_bounds']
 
-# %% ../nbs/theory/gradients.ipynb #5b078d86
+# %% ../nbs/theory/gradients.ipynb #b2b2cf60
 import math
 
 import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 
-from .attention import column_sum, extremes
+from .attention import column_sum, extremes, score_width
 from .components import Attention, Linear, Norm, anatomy, evaluating
 from .linear import spectral_norm
 from .norms import spreads
@@ -29,17 +29,12 @@ def norm_gain(w: Norm, tokens) -> torch.Tensor:
     unit = (rows - rows.mean(-1, keepdim=True) * w.centred) / spreads(rows, w)[:, None]
     return spectral_norm(torch.stack([unit.T, torch.ones_like(unit.T)], dim=1)).max()  # (d, 2, T)
 
-# %% ../nbs/theory/gradients.ipynb #b4e9fba0
+# %% ../nbs/theory/gradients.ipynb #14472689
 def attention_gain(w: Attention, tokens) -> torch.Tensor:
     "The gain of all four matrices and their biases (Theorem 26), tokens (N, n, d)."
     seen, rows = extremes(w, tokens), tokens.double().flatten(0, 1)
     V, b_v = w.V.detach().double(), w.b_v.detach().double()
-    width = 2 * w.scale * seen.queries * seen.keys
-    if not w.rotary:
-        width = torch.minimum(
-            width, torch.minimum(seen.kappa * seen.tokens, w.scale * seen.queries * seen.key_spread)
-        )
-    columns = column_sum(tokens.shape[1], width, w.causal)
+    columns = column_sum(tokens.shape[1], score_width(w, seen), w.causal)
     keys = seen.keys if w.rotary else seen.key_spread / 2
     per_head = columns * spectral_norm(w.O).square() + (w.scale * seen.zeta).square() * (
         keys.square() + columns * seen.queries.square()
