@@ -62,7 +62,7 @@ def test_mean_at_most_max_at_most_lower_at_most_bound_long(**case):
 
 def test_formulas_written_out_with_full_decompositions(model):
     x = noise(3)
-    frame = vp.bounds(model, x, inputs="embedding").set_index(KEYS)
+    frame = vp.bounds(model, x, inputs="embedding", kind="published").set_index(KEYS)
     with torch.no_grad():
         tokens = model._pos_embed(model.patch_embed(x)).numpy()
     r, n, d, h = np.linalg.norm(tokens, axis=-1).max(), tokens.shape[1], 12, 3
@@ -85,7 +85,7 @@ def test_formulas_written_out_with_full_decompositions(model):
 
 
 def test_a_query_bias_is_not_covered_and_said_so():
-    with_bias, without = vp.bounds(tiny_vit(), radius=1.0), vp.bounds(tiny_vit(qkv_bias=False), radius=1.0)
+    with_bias, without = (vp.bounds(tiny_vit(qkv_bias=b), radius=1.0, kind="published") for b in (True, False))
     assert not with_bias.proven[with_bias.component == "MHA"].any() and with_bias.proven[with_bias.component != "MHA"].all()
     assert without.proven.all() and (without.reason == "").all()
     assert set(with_bias.reason) == {"", "not covered by the theorem: a query bias"}
@@ -138,6 +138,49 @@ def test_a_given_spread_is_the_domain_of_the_norms(model):
         vp.bounds(model, noise(3), inputs="native", sigma=100)
 
 
+def test_the_hull_by_hand_on_a_model(model):
+    "Theorem 19 written out token by token, with full decompositions."
+    x = noise(3)
+    frame = vp.bounds(model, x, kind="hull").set_index(KEYS)
+    with torch.no_grad():
+        tokens = model._pos_embed(model.patch_embed(x)).numpy()
+    n, d, h = 5, 12, 3
+
+    def widest(points):  # (images, n, k)
+        return max(np.linalg.norm(image[:, None] - image[None], axis=-1).max() for image in points)
+
+    for i, block in enumerate(model.blocks):
+        s, each, into = {k: v.numpy() for k, v in block.attn.state_dict().items()}, [], []
+        for k in range(h):
+            rows = [slice(part * d + k * d // h, part * d + (k + 1) * d // h) for part in range(3)]
+            Q, K, V = (s["qkv.weight"][row] for row in rows)
+            O, scale = s["proj.weight"][:, k * d // h : (k + 1) * d // h], (d // h) ** -0.5
+            query = tokens @ Q.T + s["qkv.bias"][rows[0]]
+            kappa = scale * np.linalg.norm(query @ K, axis=-1).max()
+            zeta, alpha = widest(tokens @ (O @ V).T) / 2, scale * widest(tokens @ (Q.T @ K).T) / 2
+            omega = min(kappa * widest(tokens), scale * np.linalg.norm(query, axis=-1).max() * widest(tokens @ K.T))
+            N = n / (1 + (n - 1) * math.exp(-omega))
+            each.append(math.sqrt(N * (np.linalg.norm(O @ V, 2) ** 2 + (kappa * zeta) ** 2)) + zeta * alpha)
+            into.append(math.sqrt(each[-1]) * np.linalg.svd(O, full_matrices=False)[0])
+        joined = np.linalg.norm(np.concatenate(into, 1), 2) * math.sqrt(sum(each))
+        assert np.isclose(frame.bound[i, "MHA"], joined, rtol=1e-10)
+
+
+def test_the_default_is_proven_and_huge_domains_are_infinite(model):
+    assert vp.bounds(model, noise(2)).proven.all() and (vp.bounds(model, noise(2)).kind == "sharp").all()
+    frame = vp.bounds(model, radius=1e200, kind=("published", "sharp"))
+    far = frame[frame.component == "MHA"]
+    assert np.isinf(far.bound).all() and far.reason.ne("").all()
+
+
+def test_weights_that_are_not_finite_are_named(model):
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[0, 0] = math.nan
+    for function in (vp.bounds, vp.lipschitz):
+        with pytest.raises(ValueError, match="FC1 of block 1.*its weights are NaN or infinite"):
+            function(model, noise(2))
+
+
 def test_a_kind_that_is_named_twice_is_computed_once(model):
     twice, once = vp.bounds(model, radius=1.0, kind=["sharp", "published", "sharp"]), vp.bounds(model, radius=1.0, kind="sharp")
     assert len(twice) == 2 * len(once) and twice[twice.kind == "sharp"].bound.tolist() == once.bound.tolist()
@@ -145,13 +188,14 @@ def test_a_kind_that_is_named_twice_is_computed_once(model):
 
 def test_tokens_that_are_not_finite_are_named(model):
     with torch.no_grad():
-        model.blocks[1].norm1.weight.fill_(math.inf)
-    with pytest.raises(ValueError, match="MHA of block 1.*its tokens are NaN or infinite"):
-        vp.bounds(model, noise(2), inputs="native")
+        model.blocks[1].norm1.weight.fill_(1e308), model.blocks[1].norm1.bias.fill_(1e308)
+    for function in (vp.bounds, vp.lipschitz):
+        with pytest.raises(ValueError, match="MHA of block 1.*its tokens are NaN or infinite"):
+            function(model, noise(2), inputs="native")
 
 
 def test_without_images_the_norms_fall_back_on_eps(model):
-    frame = vp.bounds(model, radius=3.0).set_index(KEYS)
+    frame = vp.bounds(model, radius=3.0, kind="published").set_index(KEYS)
     eps = model.blocks[0].norm1.eps
     assert np.isclose(frame.bound[0, "LN1"], model.blocks[0].norm1.weight.abs().max().item() / math.sqrt(eps))
     assert frame.radius[1, "MHA"] == 3.0 and frame.n_tokens[1, "MHA"] == 5
@@ -175,7 +219,7 @@ def test_a_zero_spread_is_infinite_and_not_a_number():
     (dict(radius=1.0, sigma=0.0), "sigma=0.0: expected a positive number"),
     (dict(radius=1.0, sigma=-1), "sigma=-1"),
     (dict(radius=1.0, kind=("sharp", "best")), "kind='best': expected one of"),
-    (dict(radius="1"), "radius='1': expected a positive number"),
+    (dict(radius="1"), "radius='1': expected a positive number"), (dict(radius=True), "radius=True"),
     (dict(radius=1.0, kind=None), "kind=None: expected one of"),
     (dict(radius=1.0, kind=()), r"kind=\(\): expected one of"),
     (dict(radius=1.0, kind="hull"), "the hull is that of images: expected x"),
@@ -190,7 +234,7 @@ def test_bad_input(model, kwargs, message):
 
 
 def test_a_radius_smaller_than_the_tokens_is_refused(model):
-    needed = vp.bounds(model, noise(2)).radius.max()
+    needed = vp.bounds(model, noise(2), kind="published").radius.max()
     with pytest.raises(ValueError, match=f"smaller than the tokens' own at MHA of block 0.*expected at least {needed:.6g}"):
         vp.bounds(model, noise(2), radius=0.9 * needed)
     larger = vp.bounds(model, noise(2), radius=2 * needed)

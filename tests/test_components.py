@@ -1,6 +1,7 @@
 """Components: coverage, the matrices against the modules, refusals by name."""
 import logging
 import warnings
+from functools import partial
 
 import pytest
 import timm
@@ -25,7 +26,7 @@ VARIANTS = {
     "one channel": dict(in_chans=1),
     "with head": dict(num_classes=5),
     "RMSNorm": dict(norm_layer="rmsnorm"),
-    "RMSNorm of torch": dict(norm_layer=torch.nn.RMSNorm),
+    "RMSNorm of torch": dict(norm_layer=partial(torch.nn.RMSNorm, eps=1e-6)),
 }
 
 
@@ -98,7 +99,7 @@ def test_every_timm_vit_is_covered_or_refused_with_a_reason():
 @pytest.mark.parametrize("options, reason", [
     (dict(qk_norm=True), "qk-norm"), (dict(scale_attn_norm=True), "output before the projection"), (dict(scale_mlp_norm=True), "between the layers"),
     (dict(mlp_layer=SwiGLUPacked), "gated"), (dict(block_fn=ResPostBlock, init_values=1e-5), "post-norm"), (dict(block_fn=ParallelScalingBlock), "parallel"),
-    (dict(norm_layer="simplenorm"), "SimpleNorm, expected LayerNorm or RMSNorm"),
+    (dict(norm_layer=torch.nn.RMSNorm), "eps of its RMSNorm is None"), (dict(norm_layer="simplenorm"), "SimpleNorm, expected LayerNorm or RMSNorm"),
 ])  # fmt: skip
 def test_other_functions_are_refused_by_name(options, reason):
     with pytest.raises(TypeError, match=reason):

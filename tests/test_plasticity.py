@@ -209,3 +209,12 @@ def test_bad_settings(model):
         vp.plasticity(model, noise(2), noise(2, 1), confidence=95)
     with pytest.raises(TypeError, match="bfloat16: expected float32 or float64"):
         vp.plasticity(model.bfloat16(), noise(2).bfloat16(), noise(2, 1).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fingerprints_tell_signs_and_black_and_white_apart(dtype):
+    g = torch.Generator().manual_seed(0)
+    white = torch.randint(0, 2, (500, 1, 8, 8), generator=g).to(dtype)
+    for images in (white, 2 * white - 1, torch.cat([2 * white - 1, 1 - 2 * white])):
+        distinct = len({tuple(i.flatten().tolist()) for i in images})
+        assert len(set(fingerprints(images).tolist())) == distinct

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_BOUND', 'Domain', 'measure', 'join', 'measure_domains', 'norm_row', 'linear_row', 'attention_row',
-           'bound_row', 'check_positive', 'check_domain', 'same_as', 'bounds']
+           'bound_row', 'check_positive', 'check_weights', 'check_tokens', 'check_radius', 'check_domain', 'same_as',
+           'bounds']
 
 # %% ../nbs/theory/bounds.ipynb #f426623c
 import math
@@ -69,14 +70,13 @@ def join(a: Domain, b: Domain) -> Domain:
     both = {k: f(getattr(a, k), getattr(b, k)) for k, f in joined.items() if getattr(a, k) is not None}
     return Domain(a.n_tokens, **both)
 
-# %% ../nbs/theory/bounds.ipynb #0016d8c3
+# %% ../nbs/theory/bounds.ipynb #b35a8db2
 def measure_domains(model, parts, source, inputs, kinds, batch_size, progress) -> list:
     "The `Domain` of every component; ValueError without images or for tokens that are not finite."
     domains, weights = [None] * len(parts.components), [c.weights() for c in parts.components]
 
     def see(i, component, entering, _):
-        if not entering.isfinite().all():
-            raise ValueError(f"{component}: its tokens are NaN or infinite")
+        check_tokens(component, entering)
         found = measure(weights[i], entering, kinds)
         domains[i] = found if domains[i] is None else join(domains[i], found)
 
@@ -88,16 +88,16 @@ def measure_domains(model, parts, source, inputs, kinds, batch_size, progress) -
         raise ValueError("x: no images, expected at least one")
     return domains
 
-# %% ../nbs/theory/bounds.ipynb #5a09ff86
+# %% ../nbs/theory/bounds.ipynb #ef6d884d
 def norm_row(w: Norm, domain, sigma, kind) -> dict:
     "Bound, domain and reason of a norm."
     where = "all tokens"
     if sigma is not None or domain is not None:
         sigma = domain.sigma.item() if sigma is None else sigma
         where = f"tokens of spread at least {sigma:.4g}"
-    else:
-        sigma = math.sqrt(w.eps)
-    reason = "" if sigma > 0 else "a token has no spread and eps = 0: sigma = 0"
+    sigma = max(sigma or 0.0, math.sqrt(w.eps))
+    cause = "no images and eps = 0" if domain is None else "a token has no spread and eps = 0"
+    reason = "" if sigma > 0 else f"{cause}: sigma = 0"
     return {"bound": norm_bound(w, sigma, kind), "sigma": sigma, "domain": where, "reason": reason}
 
 
@@ -133,7 +133,7 @@ def attention_row(w: Attention, domain, radius, n_tokens, kind) -> dict:
         row |= {"bound": bound, "radius": r, "centre": centre, "domain": where}
     return row
 
-# %% ../nbs/theory/bounds.ipynb #5b9248ba
+# %% ../nbs/theory/bounds.ipynb #1ada4c2e
 def bound_row(component, domain, radius, sigma, n_tokens, kind) -> dict:
     "One row of `bounds`; `domain` is None without images."
     w = component.weights()
@@ -147,17 +147,38 @@ def bound_row(component, domain, radius, sigma, n_tokens, kind) -> dict:
                 f"sigma={sigma}: larger than the tokens' own at {component}, expected at most {domain.sigma.item():.6g}"
             )
         return row | norm_row(w, domain, sigma, kind)
-    if radius is not None and domain is not None and radius < domain.radius:
-        raise ValueError(
-            f"radius={radius}: smaller than the tokens' own at {component}, expected at least {domain.radius.item():.6g}"
-        )
-    return row | attention_row(w, domain, radius, n_tokens, kind)
+    if domain is not None:
+        check_radius(component, radius, domain.radius.item())
+    row |= attention_row(w, domain, radius, n_tokens, kind)
+    return row | ({"reason": "too large for float64"} if row["bound"] == math.inf else {})
 
-# %% ../nbs/theory/bounds.ipynb #346afc56
+# %% ../nbs/theory/bounds.ipynb #d88a3adc
 def check_positive(name, value):
     "ValueError unless the value is None or a positive, finite number."
-    if value is not None and not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (number and math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r}: expected a positive number")
+
+
+def check_weights(parts):
+    "ValueError for a component whose weights are not finite."
+    for c in parts.components:
+        if any(isinstance(m, torch.Tensor) and not m.isfinite().all() for m in c.weights()):
+            raise ValueError(f"{c}: its weights are NaN or infinite")
+
+
+def check_tokens(component, tokens):
+    "ValueError for tokens that are not finite."
+    if not tokens.isfinite().all():
+        raise ValueError(f"{component}: its tokens are NaN or infinite")
+
+
+def check_radius(component, radius, own):
+    "ValueError for a radius smaller than the tokens' own largest norm."
+    if radius is not None and radius < own:
+        raise ValueError(
+            f"radius={radius}: smaller than the tokens' own at {component}, expected at least {own:.6g}"
+        )
 
 
 def check_domain(x, radius, sigma, inputs, kinds):
@@ -183,33 +204,36 @@ def same_as(w, domain, kind) -> str:
     held = isinstance(w, Linear) and domain is not None and (domain.low == domain.high).any()
     return "published" if isinstance(w, Linear) and not held else "sharp"
 
-# %% ../nbs/theory/bounds.ipynb #e82d927c
+# %% ../nbs/theory/bounds.ipynb #a78db3b0
 def bounds(
     model,
     x=None,
     radius=None,
     sigma=None,
     inputs="embedding",
-    kind="published",
+    kind="sharp",
     batch_size=64,
     progress=False,
 ) -> pd.DataFrame:
     """Upper bounds on the Lipschitz constant, and so on the plasticity, of every component.
 
     x: normalised images (N, C, H, W) or an iterable of batches; the domains are measured from the tokens that enter
-    each component, so pass all images that plasticity is measured on. radius: largest token norm at every attention;
+    each component, so pass all images that plasticity is measured on. inputs: "embedding" (the paper's) or "native".
+    radius: largest token norm at every attention (the hull is that of the images all the same);
     sigma: smallest spread at every norm (without images sqrt(eps)). kind: "published", "sharp" or "hull" (needs
     images), or a tuple of them, measured in one pass. batch_size: also the number of images whose tokens get one ball;
     balls of several batches are joined into a larger one (kind "sharp" only).
     Returns a frame: block, depth, component, kind, inputs, bound, radius and |centre| of the ball (attention), sigma
     (norms), n_tokens (attention), proven (False where the weights do not meet the theorem's assumptions), domain (what
     the bound holds on, in words), reason (why it is infinite or not proven).
-    Raises ValueError without images or radius, for a radius smaller or a sigma larger than the tokens' own.
+    Raises ValueError without images or radius, for a radius smaller or a sigma larger than the tokens' own, for weights
+    or tokens that are not finite and for unknown names; TypeError for models and images that are not covered.
     Source: Odonnat et al. 2026 and Castin et al. 2024 (published); Theorems 6 to 20 of the book.
     """
     kinds = tuple(dict.fromkeys(kind)) if isinstance(kind, (tuple, list)) and kind else (kind,)
     check_domain(x, radius, sigma, inputs, kinds)
     parts = anatomy(model)
+    check_weights(parts)
     if x is None:
         first = next(model.parameters())
         with evaluating(model):

@@ -129,7 +129,7 @@ def components(model) -> list:
     "The components of a model, block-major, each block in the order LN1, MHA, LN2, FC1, FC2."
     return anatomy(model).components
 
-# %% ../nbs/library/components.ipynb #2fd534bf
+# %% ../nbs/library/components.ipynb #8fd462ae
 def refuse(model, reason):
     "Raise the TypeError that says why a model of a known class is not covered."
     raise TypeError(f"this {type(model).__name__} is not covered: {reason}")
@@ -147,8 +147,8 @@ def norm_weights(norm) -> Norm:
     "The vectors of a LayerNorm or RMSNorm with or without its affine part."
     gamma = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
     bias = getattr(norm, "bias", None)
-    eps = torch.finfo(gamma.dtype).eps if norm.eps is None else norm.eps
-    return Norm(gamma, torch.zeros_like(gamma) if bias is None else bias, eps, isinstance(norm, nn.LayerNorm))
+    beta = torch.zeros_like(gamma) if bias is None else bias
+    return Norm(gamma, beta, norm.eps, isinstance(norm, nn.LayerNorm))
 
 # %% ../nbs/library/components.ipynb #34f38712
 def fused_attention_weights(qkv, proj, heads, scale) -> Attention:
@@ -159,7 +159,7 @@ def fused_attention_weights(qkv, proj, heads, scale) -> Attention:
     O = proj.weight.view(proj.out_features, heads, -1).transpose(0, 1)  # input columns: heads x d_head
     return Attention(weight[0], bias[0], weight[1], bias[1], weight[2], bias[2], O, zero_bias(proj), scale)
 
-# %% ../nbs/library/components.ipynb #3baf9de2
+# %% ../nbs/library/components.ipynb #bd134cec
 def check_timm_block(model, block):
     "Refuse, with the reason, blocks that are not five plain components in pre-norm order."
     if type(block) is not Block:
@@ -187,6 +187,8 @@ def check_timm_block(model, block):
     for norm in (block.norm1, block.norm2):
         if not isinstance(norm, NORMS):
             refuse(model, f"its blocks normalise with {type(norm).__name__}, expected LayerNorm or RMSNorm")
+        if norm.eps is None:
+            refuse(model, "the eps of its RMSNorm is None, which depends on the precision; expected a number")
 
 # %% ../nbs/library/components.ipynb #e017cf89
 def named(model, prefix) -> dict:

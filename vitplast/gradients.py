@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_ones', 'norm_gain', 'attention_gain', 'gain', 'backward', 'gradient_bounds']
 
-# %% ../nbs/theory/gradients.ipynb #b2b2cf60
+# %% ../nbs/theory/gradients.ipynb #433a9b2c
 import math
 
 import pandas as pd
@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from .attention import column_sum, extremes, score_width
+from .bounds import check_tokens, check_weights
 from .components import Attention, Linear, Norm, anatomy, evaluating
 from .linear import spectral_norm
 from .norms import spreads
@@ -49,7 +50,7 @@ def gain(w, tokens) -> float:
         return spectral_norm(with_ones(tokens.double().flatten(0, 1))).item()
     return (norm_gain if isinstance(w, Norm) else attention_gain)(w, tokens).item()
 
-# %% ../nbs/theory/gradients.ipynb #891879e8
+# %% ../nbs/theory/gradients.ipynb #59a6eb8f
 def backward(model, parts, images, labels) -> tuple:
     """Of every component: the tokens that enter it, the gradient of the cross-entropy at its output, and those
     of its own parameters, frozen or not."""
@@ -63,38 +64,47 @@ def backward(model, parts, images, labels) -> tuple:
         with evaluating(model), torch.enable_grad():
             model.requires_grad_(True)
             logits = model(images)
-            if labels.shape != (len(images),) or not 0 <= labels.min() <= labels.max() < logits.shape[1]:
+            if not 0 <= labels.min() <= labels.max() < logits.shape[1]:
                 raise ValueError(
-                    f"labels: shape {tuple(labels.shape)}, {labels.min()} to {labels.max()}; expected"
-                    f" ({len(images)},), 0 to {logits.shape[1] - 1}"
+                    f"labels: {labels.min()} to {labels.max()}, expected 0 to {logits.shape[1] - 1}"
                 )
-            loss = cross_entropy(logits, labels)
             entering, leaving = zip(*(received[i] for i in range(len(received))))
-            signals = torch.autograd.grad(loss, leaving, retain_graph=True)
-            own = [
-                torch.autograd.grad(loss, list(c.parameters.values()), retain_graph=True)
-                for c in parts.components
-            ]
+            for c, tokens in zip(parts.components, entering):
+                check_tokens(c, tokens)
+            own = [p for c in parts.components for p in c.parameters.values()]
+            found = torch.autograd.grad(cross_entropy(logits, labels), [*leaving, *own])
+            signals, rest = found[: len(leaving)], iter(found[len(leaving) :])
+            gradients = [[next(rest) for _ in c.parameters] for c in parts.components]
     finally:
         for hook in hooks:
             hook.remove()
         for p, flag in flags.items():
             p.requires_grad_(flag)
-    return [t.detach() for t in entering], signals, own
+    return [t.detach() for t in entering], signals, gradients
 
-# %% ../nbs/theory/gradients.ipynb #5abbd050
+# %% ../nbs/theory/gradients.ipynb #f0e53f6f
 def gradient_bounds(model, images, labels) -> pd.DataFrame:
     """The gradient of the cross-entropy with respect to each component's parameters, and its bound.
 
     images: normalised (N, C, H, W); labels (N,). Frozen parameters are measured, too; nothing is changed.
     Returns a frame: block, depth, component, signal (norm of the gradient at its output), gain, bound (their product),
     gradient (measured norm over all its parameters).
-    Raises ValueError for a model without a head, or labels that do not fit it.
+    All norms are Frobenius norms, of the mean loss of the batch, in the model's precision.
+    Raises ValueError for a model without a head, labels that do not fit it, weights or tokens that are not finite;
+    TypeError for half precision. Source: Bethune et al. 2024; Theorems 24 to 26 of the book.
     """
     parts = anatomy(model)
     parts.check(images)
-    device = next(model.parameters()).device
-    images, labels = images.to(device), labels.to(device)
+    check_weights(parts)
+    first = next(model.parameters())
+    if images.dtype != first.dtype or first.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"images: {images.dtype}, model: {first.dtype}; expected float32 or float64, the same for both"
+        )
+    whole = isinstance(labels, torch.Tensor) and labels.dtype in (torch.uint8, torch.int32, torch.int64)
+    if not whole or labels.shape != (len(images),) or not len(images):
+        raise ValueError(f"labels: {labels!r}, expected {max(1, len(images))} whole numbers in a tensor")
+    images, labels = images.to(first.device), labels.long().to(first.device)
     if not parts.head():
         raise ValueError(
             "the model has no head: expected one, vitplast.components.anatomy(model).reset_head(n_classes) makes it"

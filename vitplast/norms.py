@@ -28,11 +28,12 @@ def centred_gain(gamma) -> float:
             high = middle
     return largest * math.sqrt(high)
 
-# %% ../nbs/theory/norms.ipynb #7f663ea1
+# %% ../nbs/theory/norms.ipynb #8238b299
 def norm_bound(w: Norm, sigma, kind="sharp") -> float:
     """Lipschitz constant of a norm over tokens whose spread s is at least sigma.
 
-    kind "published": max |gamma| / sigma (Theorem 6); otherwise |diag(gamma) C| / sigma (Theorem 7), exact.
+    kind "published": max |gamma| / sigma (Theorem 6); otherwise |diag(gamma) C| / sigma (Theorem 7),
+    exact for sigma >= sqrt(eps).
     Infinite for sigma = 0 (a constant token and eps = 0); ValueError for a negative sigma or NaN.
     """
     if not sigma >= 0:
