@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import noise, tiny_vit
 from timm.layers import SwiGLUPacked
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Block, ParallelScalingBlock, ResPostBlock, VisionTransformer
 
 import vitplast as vp
@@ -66,19 +67,21 @@ def test_weights_say_what_the_module_computes(options):
 def only_plain_names(block) -> bool:
     "Whether the parameters of a block are those of five plain components and LayerScale, the MLP not gated."
     names = {n.rpartition(".")[0] for n, _ in block.named_parameters()}
-    gated = block.mlp.fc2.in_features != block.mlp.fc1.out_features
+    mlp = block.mlp
+    gated = not hasattr(mlp, "fc1") or mlp.fc2.in_features != mlp.fc1.out_features
     differential = any("lambda" in n for n, _ in block.named_parameters())
-    return names <= {"norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "ls1", "ls2"} and not gated and not differential
+    own = {"", "attn", "attn.q_proj", "attn.k_proj", "attn.v_proj"} if type(block) is EvaBlock else {"ls1", "ls2"}
+    return names <= own | {"norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"} and not gated and not differential
 
 
 def test_every_timm_vit_is_covered_or_refused_with_a_reason():
     logging.disable(logging.WARNING)
     covered, refused = [], {}
-    for name in timm.list_models("vit_*"):
+    for name in timm.list_models(["vit_*", "eva*"]):
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             model = timm.create_model(name)
-        plain = type(model) is VisionTransformer and all(type(b) is Block and only_plain_names(b) for b in model.blocks)
+        plain = (type(model), type(getattr(model, "blocks", [0])[0])) in ((VisionTransformer, Block), (Eva, EvaBlock)) and all(map(only_plain_names, model.blocks))
         try:
             parts = anatomy(model)
         except TypeError as error:
@@ -90,9 +93,9 @@ def test_every_timm_vit_is_covered_or_refused_with_a_reason():
         assert sorted(names) == sorted(n for n, _ in model.named_parameters() if n.startswith("blocks.")), name
         covered.append(name)
     logging.disable(logging.NOTSET)
-    assert {"vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224", "vit_base_patch14_reg4_dinov2", "vit_base_r50_s16_224"} <= set(covered)
+    assert {"vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224", "vit_base_patch14_reg4_dinov2", "vit_base_patch16_dinov3", "vit_base_patch16_dinov3_qkvb", "vit_base_r50_s16_224"} <= set(covered)
     for name, reason in (("vit_giant_patch14_dinov2", "gated"), ("vit_base_patch16_rpn_224", "ResPostBlock"), ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
-                         ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"), ("vit_base_patch16_dinov3", "Eva"), ("vit_relpos_base_patch16_224", "RelPos")):  # fmt: skip
+                         ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"), ("vit_huge_plus_patch16_dinov3", "gated"), ("vit_relpos_base_patch16_224", "RelPos")):  # fmt: skip
         assert reason in refused[name]
 
 
@@ -107,7 +110,7 @@ def test_other_functions_are_refused_by_name(options, reason):
 
 
 def test_other_classes_are_refused_with_what_is_supported():
-    with pytest.raises(TypeError, match="Linear is not covered; supported: VisionTransformer"):
+    with pytest.raises(TypeError, match="Linear is not covered; supported, pre-norm: timm.Eva, timm.VisionTransformer, torchvision.VisionTransformer, .*ViT"):
         vp.components(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="distillation"):
         vp.components(timm.create_model("deit_tiny_distilled_patch16_224"))

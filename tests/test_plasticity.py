@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import vitplast as vp
 from vitplast.plasticity import bootstrap_interval, fingerprints, pair_groups
 
-COLUMNS = ["block", "depth", "component", "inputs", "plasticity", "ci_low", "ci_high", "max_ratio", "n_pairs", "zero_pairs"]
+COLUMNS = ["block", "depth", "component", "inputs", "plasticity", "std_error", "ci_low", "ci_high", "max_ratio", "n_pairs", "zero_pairs"]
 
 
 def brute_force(model, images):
@@ -145,12 +145,12 @@ def test_fingerprints_recognise_equal_images_across_batches(dtype):
 def test_intervals_cover_and_cycled_images_make_them_wider():
     rng, hits = np.random.default_rng(0), 0
     for i in range(100):
-        low, high = bootstrap_interval(rng.exponential(size=(60, 1)), np.arange(60), resamples=300, seed=i)[:, 0]
+        low, high, _ = bootstrap_interval(rng.exponential(size=(60, 1)), np.arange(60), resamples=300, seed=i)[:, 0]
         hits += low <= 1 <= high
     assert 85 <= hits <= 100  # nominal 95 of 100
     effects = rng.normal(size=8)[np.arange(80) % 8][:, None]
-    cycled = np.diff(bootstrap_interval(effects, np.arange(80) % 8)[:, 0])
-    naive = np.diff(bootstrap_interval(effects, np.arange(80))[:, 0])
+    cycled = np.diff(bootstrap_interval(effects, np.arange(80) % 8)[:2, 0])
+    naive = np.diff(bootstrap_interval(effects, np.arange(80))[:2, 0])
     assert cycled > 2 * naive
 
 

@@ -112,7 +112,7 @@ def linear_row(w: Linear, domain, kind) -> dict:
         "domain": f"tokens with {held} coordinates held" if held else "all tokens",
     }
 
-# %% ../nbs/theory/bounds.ipynb #9e626090
+# %% ../nbs/theory/bounds.ipynb #7f5ce929
 def attention_row(w: Attention, domain, radius, n_tokens, kind) -> dict:
     "Bound, domain and reason of an attention."
     row, tokens = {"n_tokens": n_tokens}, f"{n_tokens} tokens"
@@ -122,7 +122,7 @@ def attention_row(w: Attention, domain, radius, n_tokens, kind) -> dict:
     r = domain.radius.item() if radius is None else float(radius)
     row |= {"radius": r, "centre": 0.0, "domain": f"{tokens} of norm at most {r:.4g}"}
     if kind == "published":
-        reasons = ["a query bias"] * bool(w.b_q.any()) + ["rotary embeddings"] * w.rotary
+        reasons = ["a query bias"] * bool(w.b_q.any()) + ["rotary embeddings"] * bool(w.rotary)
         reason = f"not covered by the theorem: {' and '.join(reasons)}" if reasons else ""
         return row | {"bound": published_attention(w, r, n_tokens), "proven": not reasons, "reason": reason}
     centre = torch.zeros_like(w.Q[0, 0], dtype=torch.float64)
@@ -204,7 +204,7 @@ def same_as(w, domain, kind) -> str:
     held = isinstance(w, Linear) and domain is not None and (domain.low == domain.high).any()
     return "published" if isinstance(w, Linear) and not held else "sharp"
 
-# %% ../nbs/theory/bounds.ipynb #a78db3b0
+# %% ../nbs/theory/bounds.ipynb #756e9c85
 def bounds(
     model,
     x=None,
@@ -237,9 +237,7 @@ def bounds(
     if x is None:
         first = next(model.parameters())
         with evaluating(model):
-            n_tokens = parts.embed(
-                torch.zeros(1, *parts.image_shape, device=first.device, dtype=first.dtype)
-            ).shape[1]
+            n_tokens = parts.embed(parts.blank(first)).shape[1]
         domains = [None] * len(parts.components)
     else:
         domains = measure_domains(model, parts, x, inputs, kinds, batch_size, progress)

@@ -159,13 +159,13 @@ def image_order(n_images, steps, batch_size, seed) -> torch.Tensor:
         : steps * batch_size
     ].view(steps, batch_size)
 
-# %% ../nbs/library/finetune.ipynb #5d0cffe3
+# %% ../nbs/library/finetune.ipynb #b22a1856
 def evaluate(model, split: Split, batch_size=256) -> tuple:
     "Mean cross-entropy and share of correct images of a split, in evaluation mode."
-    loss = correct = 0.0
+    parts, loss, correct = anatomy(model), 0.0, 0.0
     with evaluating(model):
         for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size)):
-            logits = model(prepare(model, images))
+            logits = parts.logits(prepare(model, images))
             labels = labels.to(logits.device)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             correct += (logits.argmax(1) == labels).sum().item()
@@ -205,7 +205,7 @@ def label(components) -> str:
     items = [components] if isinstance(components, (str, Component)) else components
     return "+".join(c.name if isinstance(c, Component) else c for c in items)
 
-# %% ../nbs/library/finetune.ipynb #85bf072d
+# %% ../nbs/library/finetune.ipynb #bcaa1bb3
 def new_head(model, n_classes, seed):
     "Put a linear head on the model: small normal weights from the seed, biases zero."
     parts = anatomy(model)
@@ -219,6 +219,8 @@ def new_head(model, n_classes, seed):
 def check_fit(model, task: Task):
     "ValueError unless the task's images have the model's size."
     expected, found = anatomy(model).image_shape, tuple(task.test.images.shape[1:])
+    if expected is None:
+        raise ValueError(f"task {task.name!r} has images, the model takes token sequences")
     if found != expected:
         raise ValueError(
             f"task {task.name!r} has images {found}, the model takes {expected}: expected vp.task(folder,"
@@ -246,13 +248,13 @@ def total_norm(parameters) -> torch.Tensor:
     "Norm of the gradients of all parameters together, NaN without any."
     return torch.stack([p.grad.norm() for p in parameters]).norm() if parameters else torch.tensor(math.nan)
 
-# %% ../nbs/library/finetune.ipynb #ad559504
+# %% ../nbs/library/finetune.ipynb #5b78c8fb
 def train(model, task, training, config, tqdm_label=None) -> tuple:
     "The training loop: the history, and the best validation reading (None if none was finite)."
-    head = anatomy(model).head()
-    parts = {"grad_norm": [], "head_grad_norm": []}
+    parts = anatomy(model)
+    head, groups = parts.head(), {"grad_norm": [], "head_grad_norm": []}
     for name, p in training.chosen.items():
-        parts["head_grad_norm" if name in head else "grad_norm"].append(p)
+        groups["head_grad_norm" if name in head else "grad_norm"].append(p)
     parameters = list(training.chosen.values())
     optimizer = torch.optim.SGD(
         parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -266,10 +268,10 @@ def train(model, task, training, config, tqdm_label=None) -> tuple:
         training_mode(model)
         optimizer.param_groups[0]["lr"] = config.lr * warmup_cosine(step, config.steps, config.warmup)
         images, labels = task.batch(batch, g, parameters[0].device)
-        loss = F.cross_entropy(model(prepare(model, images)), labels)
+        loss = F.cross_entropy(parts.logits(prepare(model, images)), labels)
         optimizer.zero_grad()
         loss.backward()
-        rows.append(torch.stack([loss.detach(), *(total_norm(p).to(loss) for p in parts.values())]))
+        rows.append(torch.stack([loss.detach(), *(total_norm(p).to(loss) for p in groups.values())]))
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         if (step + 1) % config.eval_every and step + 1 < config.steps:
@@ -281,7 +283,7 @@ def train(model, task, training, config, tqdm_label=None) -> tuple:
             kept = training.chosen.keys() | {n for n, _ in model.named_buffers()}
             state = {n: v.clone() for n, v in model.state_dict().items() if n in kept}
             best = Best(step + 1, readings[step + 1][1], state)
-    history = pd.DataFrame(torch.stack(rows).double().cpu().numpy(), columns=["loss", *parts])
+    history = pd.DataFrame(torch.stack(rows).double().cpu().numpy(), columns=["loss", *groups])
     history.insert(0, "step", range(1, len(rows) + 1))
     history.insert(
         1, "lr", [config.lr * warmup_cosine(s, config.steps, config.warmup) for s in range(len(rows))]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_ones', 'norm_gain', 'attention_gain', 'gain', 'backward', 'gradient_bounds']
 
-# %% ../nbs/theory/gradients.ipynb #433a9b2c
+# %% ../nbs/theory/gradients.ipynb #24343cb2
 import math
 
 import pandas as pd
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from .attention import column_sum, extremes, score_width
 from .bounds import check_tokens, check_weights
-from .components import Attention, Linear, Norm, anatomy, evaluating
+from .components import Attention, Linear, Norm, anatomy, evaluating, watching
 from .linear import spectral_norm
 from .norms import spreads
 
@@ -50,20 +50,17 @@ def gain(w, tokens) -> float:
         return spectral_norm(with_ones(tokens.double().flatten(0, 1))).item()
     return (norm_gain if isinstance(w, Norm) else attention_gain)(w, tokens).item()
 
-# %% ../nbs/theory/gradients.ipynb #59a6eb8f
+# %% ../nbs/theory/gradients.ipynb #d9a1392b
 def backward(model, parts, images, labels) -> tuple:
     """Of every component: the tokens that enter it, the gradient of the cross-entropy at its output, and those
     of its own parameters, frozen or not."""
     flags = {p: p.requires_grad for p in model.parameters()}
-    received, hooks = {}, []
+    received = {}
+    watch = watching(parts.components, lambda i, c, *tokens: received.update({i: tokens}))
     try:
-        for i, c in enumerate(parts.components):
-            hooks.append(
-                c.module.register_forward_hook(lambda _, args, out, i=i: received.update({i: (args[0], out)}))
-            )
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad(), watch:
             model.requires_grad_(True)
-            logits = model(images)
+            logits = parts.logits(images)
             if not 0 <= labels.min() <= labels.max() < logits.shape[1]:
                 raise ValueError(
                     f"labels: {labels.min()} to {labels.max()}, expected 0 to {logits.shape[1] - 1}"
@@ -76,13 +73,11 @@ def backward(model, parts, images, labels) -> tuple:
             signals, rest = found[: len(leaving)], iter(found[len(leaving) :])
             gradients = [[next(rest) for _ in c.parameters] for c in parts.components]
     finally:
-        for hook in hooks:
-            hook.remove()
         for p, flag in flags.items():
             p.requires_grad_(flag)
     return [t.detach() for t in entering], signals, gradients
 
-# %% ../nbs/theory/gradients.ipynb #f0e53f6f
+# %% ../nbs/theory/gradients.ipynb #62255ed8
 def gradient_bounds(model, images, labels) -> pd.DataFrame:
     """The gradient of the cross-entropy with respect to each component's parameters, and its bound.
 
@@ -97,7 +92,8 @@ def gradient_bounds(model, images, labels) -> pd.DataFrame:
     parts.check(images)
     check_weights(parts)
     first = next(model.parameters())
-    if images.dtype != first.dtype or first.dtype not in (torch.float32, torch.float64):
+    fits = parts.image_shape is None or images.dtype == first.dtype
+    if not fits or first.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"images: {images.dtype}, model: {first.dtype}; expected float32 or float64, the same for both"
         )

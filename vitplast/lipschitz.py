@@ -6,17 +6,16 @@
 __all__ = ['size', 'power_iteration', 'norm_step', 'hull_step', 'ball_step', 'ascend', 'in_double', 'worst_pair', 'lower_bounds',
            'lipschitz']
 
-# %% ../nbs/theory/lipschitz.ipynb #030069a3
+# %% ../nbs/theory/lipschitz.ipynb #550e3b9f
 import math
 
 import pandas as pd
 import torch
 from torch.func import functional_call, grad, jvp, vjp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .bounds import check_positive, check_radius, check_tokens, check_weights
-from .components import Attention, Linear, Norm, anatomy, evaluating, visit
+from .components import Attention, Linear, Norm, anatomy, evaluating, first, forward_mode, visit
 from .norms import spreads
 from .plasticity import image_batches
 
@@ -92,12 +91,13 @@ def ascend(f, x, v, value, step, steps) -> torch.Tensor:
         length = torch.where(better, (1.5 * length).clamp_max(1), length / 2)
     return value
 
-# %% ../nbs/theory/lipschitz.ipynb #a7689879
-def in_double(module):
+# %% ../nbs/theory/lipschitz.ipynb #c591151c
+def in_double(component):
     "tokens (N, n, d) in float64 -> what the module makes of them, computed in float64."
+    module = component.module
     parts = dict(module.named_parameters()) | dict(module.named_buffers())
     parts = {k: p.detach().double() if p.is_floating_point() else p for k, p in parts.items()}
-    return lambda tokens: functional_call(module, parts, (tokens,))
+    return lambda tokens: first(functional_call(module, parts, *component.arguments(tokens)))
 
 
 def worst_pair(x, y) -> float:
@@ -111,17 +111,19 @@ def worst_pair(x, y) -> float:
         ratios += (moved / apart)[apart > 1e-6 * size(x[i:])].tolist()
     return max(ratios, default=math.nan)
 
-# %% ../nbs/theory/lipschitz.ipynb #8b11a461
+# %% ../nbs/theory/lipschitz.ipynb #0e0eb325
 def lower_bounds(component, x, radius, iterations, steps, seed) -> dict:
     "One row of `lipschitz` from the tokens x (N, n, d) that enter the component."
-    w, f, x = component.weights(), in_double(component.module), x.double()
+    w, f, x = component.weights(), in_double(component), x.double()
     free = (x.amax((0, 1)) > x.amin((0, 1))).double() if isinstance(w, Linear) else torch.ones_like(x[0, 0])
     start = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
     local, v, residual = power_iteration(f, x, start, free, iterations)
     if isinstance(w, Norm):
         sigma = spreads(x, w).min().item()
         if sigma == 0:
-            raise ValueError(f"{component}: a token has no spread and eps = 0, the norm is not continuous there")
+            raise ValueError(
+                f"{component}: a token has no spread and eps = 0, the norm is not continuous there"
+            )
         step = norm_step(w, sigma)
     elif isinstance(w, Attention):
         step = hull_step(x) if radius is None else ball_step(radius)
@@ -131,7 +133,7 @@ def lower_bounds(component, x, radius, iterations, steps, seed) -> dict:
     return {"pair": pair, "local": local[best].item(), "residual": residual[best].item(), "adversarial": highest.max().item(),
             "lower": max(highest.max().item(), 0.0 if math.isnan(pair) else pair), "n_images": len(x)}  # fmt: skip
 
-# %% ../nbs/theory/lipschitz.ipynb #7d06d32a
+# %% ../nbs/theory/lipschitz.ipynb #2ad34070
 def lipschitz(
     model, x, inputs="embedding", radius=None, iterations=50, steps=20, batch_size=64, seed=0, progress=False
 ) -> pd.DataFrame:
@@ -157,7 +159,7 @@ def lipschitz(
     check_weights(parts)
     received = [[] for _ in parts.components]
     rows = []
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
+    with evaluating(model), forward_mode():
         for images in image_batches(parts, x, batch_size, next(model.parameters()), "x"):
             visit(
                 parts, images, inputs, lambda i, c, entering, _: received[i].append(entering), outputs=False
