@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'KIND_LINES', 'THEORY_ORDER', 'STYLE', 'WIDTH', 'BookFigure', 'panels', 'as_svg',
-           'contact_sheet', 'as_png', 'image_rows', 'depth_lines', 'against_accuracy', 'training_curves']
+           'contact_sheet', 'as_png', 'image_rows', 'draw_depth', 'depth_lines', 'measurement', 'against_accuracy',
+           'training_curves']
 
 # %% ../nbs/library/figures.ipynb #d6b716f9
 import base64
@@ -98,33 +99,51 @@ def image_rows(rows: dict, height=0.62):
         ax.grid(False)
     return figure
 
-# %% ../nbs/library/figures.ipynb #76fe82ad
+# %% ../nbs/library/figures.ipynb #2cd51726
+def draw_depth(ax, rows, value="plasticity"):
+    "The value of each component over depth (%), with its interval where the rows have one."
+    for kind in THEORY_ORDER:
+        own = rows[rows.component == kind].sort_values("depth")
+        x, colour = 100 * own.depth, COLOURS[kind]
+        ax.plot(x, own[value], color=colour, marker=MARKERS[kind], markersize=5, label=kind)
+        if "ci_low" in own and value == "plasticity":
+            ax.fill_between(x, own.ci_low, own.ci_high, color=colour, alpha=0.2, linewidth=0)
+    ax.set(title=f"{rows.inputs.iloc[0]} inputs", xlabel="depth (%)", ylim=(0, None))
+
+
 def depth_lines(frame, value="plasticity", log=False):
-    """One panel per input protocol: the value of each component over depth (%), with its interval where the
-    frame has one."""
+    "One panel per input protocol: the value of each component over depth (%)."
     protocols = list(dict.fromkeys(frame.inputs))
     figure, axes = panels(len(protocols), sharey=True, squeeze=False)
     for ax, inputs in zip(axes[0], protocols):
-        for kind in THEORY_ORDER:
-            rows = frame[(frame.inputs == inputs) & (frame.component == kind)]
-            ax.plot(
-                100 * rows.depth,
-                rows[value],
-                color=COLOURS[kind],
-                marker=MARKERS[kind],
-                markersize=5,
-                label=kind,
-            )
-            if "ci_low" in frame and value == "plasticity":
-                ax.fill_between(
-                    100 * rows.depth, rows.ci_low, rows.ci_high, color=COLOURS[kind], alpha=0.2, linewidth=0
-                )
-        ax.set(title=f"{inputs} inputs", xlabel="depth (%)")
-        ax.set_yscale("log" if log else "linear")
-        if not log:
-            ax.set_ylim(bottom=0)
+        draw_depth(ax, frame[frame.inputs == inputs], value)
+        if log:
+            ax.set(yscale="log", ylim=(None, None))
     axes[0, 0].set_ylabel(value)
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+# %% ../nbs/library/figures.ipynb #a04d20ce
+def measurement(frame):
+    "One row per input protocol: plasticity over depth with intervals, and its spread over blocks by theoretical rank."
+    protocols = list(dict.fromkeys(frame.inputs))
+    figure, axes = panels(2, len(protocols), sharey="row", squeeze=False, width_ratios=(3, 2))
+    for (left, right), inputs in zip(axes, protocols):
+        rows = frame[frame.inputs == inputs]
+        draw_depth(left, rows)
+        left.set_ylabel("plasticity")
+        values = [rows[rows.component == kind].plasticity.dropna() for kind in THEORY_ORDER]
+        boxes = right.boxplot(
+            values,
+            patch_artist=True,
+            widths=0.6,
+            medianprops={"color": "black"},
+            flierprops={"markersize": 4},
+        )
+        for box, kind in zip(boxes["boxes"], THEORY_ORDER):
+            box.set_facecolor(COLOURS[kind])
+        right.set(title="over blocks, by theoretical rank")
+        right.set_xticks(range(1, 6), [f"{k}\n{i}" for i, k in enumerate(THEORY_ORDER, 1)])
     return figure
 
 # %% ../nbs/library/figures.ipynb #08bc5186
