@@ -240,3 +240,16 @@ def test_evaluating_a_sequence_model_changes_nothing():
     with evaluating(model):
         anatomy(model).tokens(inputs_of("GPT-2", 2))
     assert SEQUENCES and all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["DINOv3 qkvb", "torchvision", "transformers ViT head"])
+def test_finetuning_and_probing_any_architecture(name, stripes):
+    model = build(name).float()
+    if name.startswith("transformers"):
+        with pytest.raises(ValueError, match="does not say how its images are normalised: expected model.pretrained_cfg"):
+            vp.linear_probe(model, stripes)
+        model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run = vp.finetune(model, stripes, ["FC1"], vp.FinetuneConfig(steps=40, eval_every=20, lr=0.03))
+    assert run.history.loss.iloc[-5:].mean() < run.history.loss.iloc[:5].mean() and 0 <= vp.linear_probe(model, stripes) <= 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -19,7 +19,7 @@ def invoke(*args):
 def test_help_and_version():
     assert invoke("--version").stdout.strip() == vp.__version__
     assert "Examples" in invoke("demo", "--help").stdout and "--json" in invoke("demo", "--help").stdout
-    for name in ("demo", "pretrain"):
+    for name in ("demo", "measure", "pretrain"):
         assert name in invoke("--help").stdout
 
 

@@ -20,12 +20,12 @@ from .plasticity import plasticity
 from .published import pair_source
 from .tasks import pretraining_images, task
 
-# %% ../nbs/library/measuring.ipynb #003ec92b
+# %% ../nbs/library/measuring.ipynb #2b59948f
 FORMULA = "formula"  # the name of fresh formula images
 
 
 def named_images(name, n, size, seed=0) -> Split:
-    """n random images with their labels, (n, 3, size, size) in bytes.
+    """n random images with their labels, (n, 3, size, size) in bytes; all of a task's for n = None.
 
     name: "formula" (labels are None), a task (its test split), or a folder of images in any depth (labels are None).
     Raises ValueError where there are fewer, or no such name.
@@ -35,6 +35,7 @@ def named_images(name, n, size, seed=0) -> Split:
     if Path(name).is_dir():
         return Split(pair_source(name, n, size, seed), None)
     test = task(name, size).test
+    n = len(test) if n is None else n
     if len(test) < n:
         raise ValueError(f"{name}: {len(test):,} test images, expected at least {n:,}")
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))[:n]
@@ -95,7 +96,7 @@ def draw_pairs(distribution, target: Split, n, source=None, seed=0) -> tuple:
         )
     return x[:n], y[:n]
 
-# %% ../nbs/library/measuring.ipynb #b50d3011
+# %% ../nbs/library/measuring.ipynb #93bd409d
 def measure(
     model, target, source=FORMULA, n=128, inputs=INPUTS, pairs="paired", distribution="source-target", seed=0, batch_size=64, device=None, progress=False,
 ) -> pd.DataFrame:  # fmt: skip
@@ -116,8 +117,9 @@ def measure(
         raise ValueError(
             f'distribution={distribution!r}: its pairs are given, pairs="all" takes "source-target" or "target"'
         )
-    more = {"target": 1 if pairs == "all" else 2, "same-class": 3, "other-class": 3}.get(distribution, 1)
-    found = named_images(target, more * n, shape[-1], seed)
+    of_classes = distribution.endswith("-class") and target != FORMULA and not Path(target).is_dir()
+    needed = None if of_classes else 2 * n if distribution == "target" and pairs != "all" else n
+    found = named_images(target, needed, shape[-1], seed)
     if pairs == "all" and distribution == "target":
         x = y = found.images
     else:

@@ -208,14 +208,23 @@ def load(name, **timm_kwargs) -> nn.Module:
             " cache here, or pass checkpoint_path=..., or pretrained=False for random weights"
         ) from None
 
-# %% ../nbs/library/models.ipynb #9677c4b7
+# %% ../nbs/library/models.ipynb #32109685
 def prepare(model, images) -> torch.Tensor:
-    """Byte images (N, 3, H, W) as the floats that the model was pretrained on: scaled to [0, 1], then
-    normalised by its own mean and std."""
+    """Byte images (N, 3, H, W) as the floats that the model was pretrained on: scaled to [0, 1], then normalised by its
+    own mean and std (model.pretrained_cfg, as timm sets it; ImageNet's for timm and torchvision models without it).
+
+    ValueError for a model of transformers without it: there the numbers lie outside the model.
+    """
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}: expected torch.uint8, 0 to 255, not yet normalised")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images have shape {tuple(images.shape)}: expected (N, 3, H, W)")
+    foreign = any(c.__module__.startswith("transformers.") for c in type(model).__mro__)
+    if foreign and not hasattr(model, "pretrained_cfg"):
+        raise ValueError(
+            f"this {type(model).__name__} does not say how its images are normalised: expected"
+            ' model.pretrained_cfg = {"mean": (...), "std": (...)} with the numbers of its image processor'
+        )
     first = next(model.parameters())
     config = resolve_model_data_config(model)
     mean, std = (
