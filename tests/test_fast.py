@@ -30,6 +30,21 @@ def test_shared_distances_are_the_plain_ones(seed, ratio, depth, pairs, size, bi
         assert torch.allclose(a, b, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("condition", [2, 4, 6])
+def test_differences_where_a_layer_is_weakest(condition):
+    model = tiny_vit(embed_dim=24, mlp_ratio=4.0)
+    with torch.no_grad():
+        fc1 = model.blocks[1].mlp.fc1
+        U, _, V = torch.linalg.svd(fc1.weight, full_matrices=False)
+        fc1.weight.copy_((U @ torch.diag(torch.logspace(0, -condition, 24, dtype=torch.float64)) @ V).float())
+        x, size = torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([1.0, 8.0, 0.0, 64.0])
+        y = x + size[:, None, None] * V[-1].float()
+        exact = ((x - y).double() @ fc1.weight.T).flatten(1).norm(dim=1)
+        model.float()
+        found = shared_distances(make_plan(anatomy(model), 24), x, y)[1][8]  # FC1 of the second block
+    assert torch.allclose(found.double(), exact, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", BUILD)
 def test_single_precision_agrees_to_a_hundred_thousandth(name):
     model, (x, y) = build(name).float(), (inputs_of(name, 6), inputs_of(name, 6, seed=1))

@@ -109,6 +109,9 @@ def test_within_one_set(model):
     x = noise(6)
     with pytest.warns(UserWarning, match="6 of 36 pairs coincide"):
         frame = vp.plasticity(model, x, x, pairs="all", inputs="native")
+    with pytest.warns(UserWarning, match="6 different images on one side: an interval from fewer than 10"):
+        warnings.simplefilter("always")
+        vp.plasticity(model, x.repeat(2, 1, 1, 1), noise(12, 1), pairs="all")
     h = every_ratio(model, x, x, "native")[:, ~np.eye(6, dtype=bool)]
     assert np.allclose(frame.plasticity, h.mean(1), rtol=1e-9) and (frame.n_pairs == 30).all() and (frame.zero_pairs == 6).all()
     assert (frame.ci_low < frame.plasticity).all() and (frame.std_error > 0).all()

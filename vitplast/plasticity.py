@@ -148,7 +148,7 @@ def on_device(model, device):
     finally:
         model.to(home)
 
-# %% ../nbs/theory/plasticity.ipynb #fc6cb89e
+# %% ../nbs/theory/plasticity.ipynb #4fe48cde
 def paired_ratios(parts, batches, inputs, pairs, fast, n_pairs, dtype) -> tuple:
     "Ratios (components, N) of the i-th image of one stream against the i-th of the other, and the images' fingerprints (2, N)."
     ratios, prints, plan = [], [], None
@@ -183,6 +183,9 @@ def embedded(parts, batches, what) -> tuple:
 def all_pairs(parts, streams, inputs, batch_size, confidence, dtype, progress) -> list:
     "One row of statistics per component, from every image of one stream against every image of the other."
     (x, first_images), (y, second_images) = (embedded(parts, s, name) for s, name in zip(streams, "xy"))
+    for images in (first_images, second_images):
+        if (n := len(np.unique(images))) < FEW:
+            warnings.warn(f"{n} different images on one side: an interval from fewer than {FEW} is too short")
     visits = embedding_pairs if inputs == "embedding" else native_pairs
     found = visits(parts, torch.cat([x, y]), len(x), batch_size)
     rows = []
