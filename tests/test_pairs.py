@@ -165,11 +165,30 @@ def test_the_limit_leaves_nothing_behind(model):
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(pairs="al"), r"pairs='al': expected one of \('paired', 'all', 'limit'\)"), (dict(inputs="natve", pairs="all"), "inputs='natve'"),
-    (dict(confidence=1.0), "confidence=1.0"), (dict(batch_size=0), "batch_size=0"),
+    (dict(confidence=1.0), "confidence=1.0"), (dict(batch_size=0), "batch_size=0"), (dict(fast="yes"), "fast='yes': expected None or False"),
+    (dict(fast=True, inputs="native"), 'fast=True: .* shares the work of inputs="embedding"'), (dict(fast=True, pairs="all"), "fast=True"),
 ])  # fmt: skip
 def test_bad_arguments(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         vp.plasticity(model, noise(3), noise(3, 1), **arguments)
+
+
+def test_what_is_no_stream_of_images(model):
+    for x, found in ((3, "int"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"y: {found}, expected a tensor or an iterable of batches"):
+            vp.plasticity(model, noise(3), x)
+
+
+def test_an_error_in_the_stream_leaves_the_model_as_it_was(model):
+    def broken():
+        yield noise(2)
+        raise OSError("the disk is gone")
+
+    model.train()
+    for pairs in ("paired", "all", "limit"):
+        with pytest.raises(OSError, match="the disk is gone"):
+            vp.plasticity(model, broken(), noise(4), pairs=pairs, batch_size=1)
+        assert model.training and not any(m._forward_hooks for m in model.modules())
 
 
 def test_too_few_images(model):
@@ -216,8 +235,7 @@ def test_an_overflow_of_half_precision_is_named(pairs):
 def test_the_device_is_an_argument_and_comes_back(model):
     x, y = noise(3), noise(3, 1)
     assert vp.plasticity(model, x, y, device="cpu").equals(vp.plasticity(model, x, y))
-    with warnings.catch_warnings(), pytest.raises(RuntimeError):
-        warnings.simplefilter("ignore")
+    with pytest.raises(ValueError, match="device='nowhere': not to be used here"):
         vp.plasticity(model, x, y, device="nowhere")
     assert next(model.parameters()).device.type == "cpu" and model.training is False
 

@@ -7,9 +7,11 @@ __all__ = ['FEW', 'PAIRS', 'pair_distances', 'as_ratios', 'fingerprints', 'pair_
            'check_precision', 'image_batches', 'on_device', 'paired_ratios', 'embedded', 'all_pairs', 'check_arguments',
            'plasticity', 'paired_statistics', 'as_frame']
 
-# %% ../nbs/theory/plasticity.ipynb #82fe7e1f
+# %% ../nbs/theory/plasticity.ipynb #c861b38d
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -107,7 +109,7 @@ def rebatch(batches, size):
     if held is not None and len(held):
         yield held
 
-# %% ../nbs/theory/plasticity.ipynb #179fd0b8
+# %% ../nbs/theory/plasticity.ipynb #23fe6c16
 def check_precision(like, force):
     "TypeError for a model in half precision, unless forced."
     if like.dtype not in (torch.float32, torch.float64) and not force:
@@ -124,8 +126,10 @@ def image_batches(parts, source, size, like, what, force=False):
     Labels beside the images are left out. TypeError for another precision than the model's.
     """
     check_precision(like, force)
-    if not (isinstance(size, int) and size > 0):
+    if not (isinstance(size, Integral) and size > 0):
         raise ValueError(f"batch_size={size!r}: expected a positive integer")
+    if not isinstance(source, Iterable):
+        raise TypeError(f"{what}: {type(source).__name__}, expected a tensor or an iterable of batches")
 
     def checked():
         for batch in [source] if isinstance(source, torch.Tensor) else source:
@@ -144,7 +148,12 @@ def on_device(model, device):
     "The model on another device (None: where it is), and back where it was at the end."
     home = next(model.parameters()).device
     try:
-        yield model if device is None else model.to(device)
+        if device is not None:
+            try:
+                model.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(f"device={device!r}: not to be used here ({str(error).splitlines()[0]})") from None
+        yield model
     finally:
         model.to(home)
 
@@ -203,11 +212,11 @@ def all_pairs(parts, streams, inputs, batch_size, confidence, dtype, progress) -
         rows.append(all_pairs_statistics(ratios, first_images, second_images, confidence))
     return rows
 
-# %% ../nbs/theory/plasticity.ipynb #f560f6b4
+# %% ../nbs/theory/plasticity.ipynb #895f30f1
 PAIRS = ("paired", "all", "limit")
 
 
-def check_arguments(x, y, inputs, pairs, confidence):
+def check_arguments(x, y, inputs, pairs, confidence, fast):
     "ValueError for arguments of `plasticity` that do not fit together."
     if pairs not in PAIRS:
         raise ValueError(f"pairs={pairs!r}: expected one of {PAIRS}")
@@ -215,6 +224,8 @@ def check_arguments(x, y, inputs, pairs, confidence):
         raise ValueError(f"inputs={inputs!r}: expected one of {INPUTS}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence!r}: expected a number between 0 and 1")
+    if fast not in (None, False) and (fast is not True or inputs != "embedding" or pairs != "paired"):
+        raise ValueError(f'fast={fast!r}: expected None or False; True shares the work of inputs="embedding", pairs="paired"')
     both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
     if both and pairs != "all" and len(x) != len(y):
         raise ValueError(
@@ -243,7 +254,7 @@ def plasticity(
     Raises ValueError or TypeError for images that do not fit the model, fewer than two, and tensors of different length.
     Source: Odonnat et al. 2026; Theorems 27 to 29 of the book.
     """
-    check_arguments(x, y, inputs, pairs, confidence)
+    check_arguments(x, y, inputs, pairs, confidence, fast)
     with on_device(model, device), evaluating(model):
         parts, like = anatomy(model), next(model.parameters())
         streams = [image_batches(parts, s, batch_size, like, name, force) for s, name in ((x, "x"), (y, "y"))]
