@@ -97,11 +97,11 @@ def cores() -> int:
     "How many cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# %% ../nbs/library/study.ipynb #4ee80c41
+# %% ../nbs/library/study.ipynb #aeb2cb4d
 def run_grid(config: StudyConfig, store: Store, progress=True) -> list:
     "Records of all runs of the grid, in its order; those in the store are not computed again."
     *_, weights, images = materials(config.model, config.task)
-    same = {"weights": weights, "images": images, "code": code_digest("components", "data", "finetune", "models")}
+    same = {"weights": weights, "images": images, "code": code_digest("components", "adapters", "data", "finetune", "models")}
     grid = [(s, c, same | {"components": s, **asdict(c)}) for s, c in config.runs()]
     found = {i: record for i, (_, _, key) in enumerate(grid) if (record := store.get(key))}
     workers = 1 if torch.cuda.is_available() else max(1, min(cores(), len(grid) - len(found)))
