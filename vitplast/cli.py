@@ -98,7 +98,7 @@ def demo(
         )
     typer.echo(f"{out / 'report.html'} written, {time.monotonic() - started:.0f} s", err=True)
 
-# %% ../nbs/library/cli.ipynb #ca176311
+# %% ../nbs/library/cli.ipynb #e08592e6
 @app.command()
 def measure(
     model: str = typer.Argument(help="A shipped model (formula-vit), a timm name, or a safetensors file."),
@@ -106,7 +106,9 @@ def measure(
     source: str = typer.Option("formula", help="The old images: formula, a task's name or a folder of images."),
     inputs: str = typer.Option("both", help="embedding (the paper's), native, or both."),
     pairs: str = typer.Option("paired", help="paired, all (every image against every other), or limit (close pairs)."),
-    distribution: str = typer.Option("source-target", help="Or target, same-class, other-class, corrupted, augmented."),
+    distribution: str = typer.Option(
+        "source-target", help="source-target (the paper's), target, same-class, other-class, corrupted or augmented."
+    ),
     n: int = typer.Option(128, "--n", min=2, help="Pairs, or images of each side for --pairs all."),
     seed: int = typer.Option(0, min=0, help="Of which images are drawn."),
     batch: int = typer.Option(32, min=1, help="Images of each side at a time."),
