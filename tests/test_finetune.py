@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 
 import vitplast as vp
 from vitplast.components import KINDS
-from vitplast.finetune import evaluate, image_order, new_head, select, warmup_cosine
+from vitplast.finetune import evaluate, image_order, new_head, warmup_cosine
+from vitplast.freezing import select
 from vitplast.models import prepare
 
 FAST = vp.FinetuneConfig(steps=12, eval_every=4, batch_size=8, lr=0.05)
@@ -158,7 +159,7 @@ def test_the_test_split_is_read_once(model, stripes, monkeypatch):
     import sys
 
     module, read = sys.modules["vitplast.finetune"], []
-    monkeypatch.setattr(module, "evaluate", lambda m, split, *a: read.append(split) or evaluate(m, split, *a))
+    monkeypatch.setattr(module, "evaluate", lambda m, split, **kw: read.append(split) or evaluate(m, split, **kw))
     vp.finetune(model, stripes, "head", FAST)
     assert sum(s is stripes.test for s in read) == 1 and read[-1] is stripes.test
 
@@ -193,6 +194,7 @@ def test_the_schedule_starts_above_zero_and_never_exceeds_one(steps, warmup):
 @pytest.mark.parametrize("kwargs, message", [
     (dict(lr=0), "lr=0: expected a positive number"), (dict(lr=math.nan), "lr=nan"), (dict(steps=0), "steps=0: expected a positive integer"),
     (dict(batch_size=2.5), "batch_size=2.5"), (dict(momentum=1), r"momentum=1: expected a number in \[0, 1\)"), (dict(weight_decay=-1), "weight_decay=-1"),
+    (dict(optimizer="adam"), "optimizer=.adam.: expected one of"), (dict(accumulate=33), "accumulate=33: expected at most batch_size=32"), (dict(watch=["MHSA"]), "watch=.*: expected some of"),
 ])  # fmt: skip
 def test_bad_settings(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -224,3 +226,60 @@ def test_linear_probe_against_a_scikit_learn_pipeline(model, stripes):
 
     pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit(features(stripes.train), stripes.train.labels)
     assert vp.linear_probe(model, stripes) == pipeline.score(features(stripes.test), stripes.test.labels)
+
+
+def test_adamw_is_torchs(model, stripes):
+    config = vp.FinetuneConfig(steps=5, eval_every=5, batch_size=8, lr=0.01, optimizer="adamw", weight_decay=0.1, clip=1e9, warmup=0.0)
+    reference = tiny_vit()
+    new_head(reference, 2, config.seed)
+    chosen = select(reference, "FC2")
+    rule, rows = torch.optim.AdamW(chosen.values(), lr=config.lr, betas=(0.9, 0.999), weight_decay=0.1), image_order(64, 5, 8, 0)
+    for step in range(5):
+        rule.param_groups[0]["lr"] = 0.01 * 0.5 * (1 + math.cos(math.pi * (max(step, 1) - 1) / 4))  # one step of warm-up at least
+        rule.zero_grad()
+        F.cross_entropy(reference(prepare(reference, stripes.train.images[rows[step]])), stripes.train.labels[rows[step]]).backward()
+        rule.step()
+    run = vp.finetune(model, stripes, "FC2", config)
+    for n, p in run.model.named_parameters():
+        assert torch.allclose(p, dict(reference.named_parameters())[n], atol=1e-12), n
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 8])
+def test_accumulation_gives_the_update_of_the_large_batch(model, stripes, pieces):
+    whole = vp.finetune(model, stripes, "MHA", FAST)
+    parts = vp.finetune(model, stripes, "MHA", vp.FinetuneConfig(**{**vars(FAST), "accumulate": pieces}))
+    assert np.allclose(whole.history, parts.history, rtol=1e-9, equal_nan=True)
+    for p, q in zip(whole.model.parameters(), parts.model.parameters()):
+        assert torch.allclose(p, q, atol=1e-12)
+
+
+def test_gradients_of_frozen_components_are_recorded_when_asked_for(model, stripes):
+    plain = vp.finetune(model, stripes, "LN1", FAST)
+    watched = vp.finetune(model, stripes, "LN1", vp.FinetuneConfig(**{**vars(FAST), "watch": ["FC1", "LN1"]}))
+    assert np.array_equal(watched.history.grad_norm_LN1, watched.history.grad_norm)
+    assert watched.history[plain.history.columns].equals(plain.history)  # watching changes nothing
+    reference = tiny_vit()
+    new_head(reference, 2, 0)
+    rows = image_order(64, 1, 8, 0)[0]
+    F.cross_entropy(reference(prepare(reference, stripes.train.images[rows])), stripes.train.labels[rows]).backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for n, p in reference.named_parameters() if ".fc1." in n))
+    assert np.isclose(watched.history.grad_norm_FC1[0], norm, rtol=1e-9)
+    after = dict(watched.model.named_parameters())
+    assert after["blocks.0.mlp.fc1.weight"].grad is None and not after["blocks.0.mlp.fc1.weight"].requires_grad
+    assert torch.equal(after["blocks.0.mlp.fc1.weight"], model.blocks[0].mlp.fc1.weight)
+
+
+def test_the_history_averages_and_loses_no_reading(model, stripes):
+    full = vp.finetune(model, stripes, "FC1", FAST).history
+    short = vp.finetune(model, stripes, "FC1", vp.FinetuneConfig(**{**vars(FAST), "log_every": 5})).history
+    assert list(short.step) == [4, 5, 8, 10, 12] and list(short.lr) == list(full.lr[[3, 4, 7, 9, 11]])
+    assert np.isclose(short.loss[2], full.loss[5:8].mean()) and np.isclose(short.grad_norm[0], full.grad_norm[:4].mean())
+    assert short.dropna().validation_accuracy.tolist() == full.dropna().validation_accuracy.tolist()
+
+
+def test_bfloat16_and_compiled_runs_are_close_to_plain_ones(model, stripes):
+    single = model.float()
+    plain = vp.finetune(single, stripes, "all", FAST)
+    rough = vp.finetune(single, stripes, "all", vp.FinetuneConfig(**{**vars(FAST), "bf16": True}))
+    assert 0 < (plain.history.loss - rough.history.loss).abs().max() < 0.1
+    assert rough.model.blocks[0].mlp.fc1.weight.dtype == torch.float32

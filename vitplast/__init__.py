@@ -6,10 +6,12 @@ __version__ = "0.1.0"
 from vitplast.bounds import bounds
 from vitplast.components import Component, components
 from vitplast.data import Task
-from vitplast.finetune import FinetuneConfig, Run, finetune, linear_probe, trainable
+from vitplast.finetune import FinetuneConfig, Run, finetune
+from vitplast.freezing import trainable
 from vitplast.lipschitz import lipschitz
 from vitplast.models import load
 from vitplast.plasticity import plasticity
+from vitplast.probe import linear_probe
 from vitplast.tasks import task, tasks
 
 __all__ = [

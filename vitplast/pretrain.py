@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'LOG_EVERY', 'SAVE_EVERY', 'PretrainConfig', 'Heads', 'patches', 'losses', 'Pretraining', 'hardware', 'probe',
            'publish', 'snapshot_path', 'snapshot_files', 'is_published', 'keep', 'train']
 
-# %% ../nbs/library/pretrain.ipynb #114afb3f
+# %% ../nbs/library/pretrain.ipynb #b8a14695
 import copy
 import json
 import math
@@ -23,7 +23,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .images import FormulaConfig, FormulaImages
-from .finetune import linear_probe, warmup_cosine
+from .finetune import warmup_cosine
+from .probe import linear_probe
 from .models import HEADER, ViTConfig, build, read, save
 from .store import replacing
 from .tasks import task

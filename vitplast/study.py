@@ -6,7 +6,7 @@
 __all__ = ['FRAMES', 'StudyConfig', 'digest', 'materials', 'run_one', 'start_worker', 'cores', 'run_grid', 'Study', 'run_frame',
            'best_rates', 'chosen_curves', 'study', 'summary', 'rank_agreement']
 
-# %% ../nbs/library/study.ipynb #485d3ce8
+# %% ../nbs/library/study.ipynb #46df204a
 import hashlib
 import json
 import os
@@ -30,7 +30,9 @@ from tqdm.auto import tqdm
 import vitplast
 from .bounds import bounds
 from .components import INPUTS, KINDS
-from .finetune import CHOICES, FinetuneConfig, finetune, linear_probe
+from .finetune import FinetuneConfig, finetune
+from .freezing import CHOICES
+from .probe import linear_probe
 from .models import load, prepare
 from .plasticity import plasticity
 from .pretrain import hardware
