@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 
 from vitplast.report import display_frame, findings, report_html, text_table
-from vitplast.store import finite
-from vitplast.study import Study, StudyConfig, best_rates, rank_agreement, run_one, summary
+from vitplast.stats import best_rates, rank_correlation
+from vitplast.study import Study, StudyConfig, summary
+from vitplast.sweep import compute
 
 SCRIPT = """
 import os, sys
@@ -34,7 +35,7 @@ def made_up() -> Study:
         ("LN1", 0.1, 0, 0.5, 0.4), ("LN1", 0.1, 1, 0.5, 0.4), ("LN1", 0.2, 0, 0.6, 0.3), ("LN1", 0.2, 1, 0.6, 0.5),
         ("head", 0.1, 0, 0.2, 0.2), ("head", 0.1, 1, 0.2, 0.2),
     ]:  # fmt: skip
-        rows.append({"component": name, "lr": lr, "seed": seed, "best_step": 1, "validation_accuracy": validation, "test_accuracy": test, "diverged": False, "grad_norm": 2.0 if name != "head" else np.nan, "n_trained": 10})
+        rows.append({"model": "formula-vit", "task": "digits", "optimizer": "sgd", "steps": 20, "component": name, "lr": lr, "seed": seed, "best_step": 1, "validation_accuracy": validation, "test_accuracy": test, "diverged": False, "grad_norm": 2.0 if name != "head" else np.nan, "n_trained": 10})
     cells = [(i, b, c) for i in ("embedding", "native") for b in (0, 1) for c in ("LN1", "MHA")]
     value = {"LN1": 0.5, "MHA": 2.0}
     plastic = pd.DataFrame([{"block": b, "depth": float(b), "component": c, "inputs": i, "plasticity": value[c] + b, "ci_low": 0.1, "ci_high": 9.0, "max_ratio": value[c] + b + 1, "n_pairs": 4, "zero_pairs": 0} for i, b, c in cells])
@@ -47,13 +48,12 @@ def made_up() -> Study:
 
 def test_the_rate_is_chosen_on_validation_and_never_on_test():
     s = made_up()
-    assert best_rates(s.runs).to_dict() == {"LN1": 0.2, "MHA": 0.1, "head": 0.1}
+    assert best_rates(s.runs).droplevel(["model", "optimizer", "task"]).to_dict() == {"LN1": 0.2, "MHA": 0.1, "head": 0.1}
     table = summary(s).set_index("component")
     assert table.test_accuracies["MHA"] == [0.5, 0.7] and np.isclose(table.test_accuracy["MHA"], 0.6)  # 0.9 at the other rate
     assert list(table.index) == ["MHA", "LN1", "head"]
     assert np.isclose(table.plasticity["MHA"], 2.5) and table.low_block["MHA"] == 2 and table.high_block["MHA"] == 3
     assert np.isclose(table.bound["LN1"], 8) and np.isclose(table.tightness["LN1"], 4) and np.isclose(table.published["LN1"], 16)
-    assert rank_agreement(summary(s))[0] == pytest.approx(1)
 
 
 def test_the_table_and_the_sentences_say_the_same():
@@ -69,10 +69,11 @@ def test_the_table_and_the_sentences_say_the_same():
 
 def test_the_p_value_counts_the_orders():
     values = [3, 1, 2, 5, 4]
-    table = pd.DataFrame({"component": ["LN1", "MHA", "LN2", "FC1", "FC2"], "plasticity": values, "test_accuracy": values})
-    assert rank_agreement(table) == pytest.approx((1, 2 / 120))
+    table = pd.DataFrame({"task": "a", "component": ["LN1", "MHA", "LN2", "FC1", "FC2"], "plasticity": values, "test_accuracy": values})
+    found = rank_correlation(table)
+    assert (found.mean, found.p) == pytest.approx((1, 2 / 120)) and np.isnan(found.ci_low)
     table["test_accuracy"] = [3, 1, 2, 4, 5]  # one exchange of neighbours: rho = 0.9, and 5 orders each way are as extreme
-    assert rank_agreement(table) == pytest.approx((0.9, 10 / 120))
+    assert rank_correlation(table)[::3] == pytest.approx((0.9, 10 / 120))
 
 
 def test_a_saved_study_is_the_same_study(tmp_path):
@@ -110,13 +111,11 @@ def test_ctrl_c_keeps_what_was_finished_and_a_rerun_computes_only_the_rest(tmp_p
     after = {f.name: f.stat().st_mtime_ns for f in runs.glob("*.json")}
     assert len(after) == 6 and kept.items() <= after.items()
     records = {json.loads(f.read_text())["sha256"] for f in runs.glob("*.json")}
-    selection, config = StudyConfig(selections=("MHA",), lrs=(0.03,), seeds=(0,), steps=15).runs()[0]
-    alone = run_one("formula-vit", "digits", selection, config)  # in this process, undisturbed
+    run = StudyConfig(selections=("MHA",), lrs=(0.03,), seeds=(0,), steps=15).grid().runs()[0]
+    [(kind, alone)] = compute([run])  # in this process, undisturbed
     stored = [r for f in runs.glob("*.json") if (r := json.loads(f.read_text())["record"])["components"] == "MHA" and r["config"] == alone["config"]]
-    assert len(records) == 6 and len(stored) == 1
-    for name in alone.keys() - {"seconds", "history"}:
-        assert stored[0][name] == alone[name], name
-    assert stored[0]["history"] == finite(alone["history"])
+    assert kind == "record" and len(records) == 6 and len(stored) == 1
+    assert {k: v for k, v in stored[0].items() if k not in ("seconds", "peak_memory", "device")} == {k: v for k, v in alone.items() if k not in ("seconds", "peak_memory", "device")}
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")

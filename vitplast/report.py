@@ -6,7 +6,7 @@
 __all__ = ['CSS', 'FOOTNOTE', 'spread', 'large', 'display_frame', 'text_table', 'chain', 'findings', 'difference_noise',
            'figure_html', 'table_html', 'figures', 'report_html']
 
-# %% ../nbs/library/report.ipynb #0d100b4b
+# %% ../nbs/library/report.ipynb #8c506240
 import html
 import math
 
@@ -22,7 +22,8 @@ from vitplast.figures import (
     depth_lines,
     training_curves,
 )
-from .study import Study, rank_agreement, summary
+from .stats import rank_correlation
+from .study import Study, summary
 from .tasks import pretraining_images, task
 
 # %% ../nbs/library/report.ipynb #60c08347
@@ -73,12 +74,12 @@ def chain(names) -> str:
     "Names joined as an order."
     return " > ".join(names)
 
-# %% ../nbs/library/report.ipynb #cb0584c7
+# %% ../nbs/library/report.ipynb #cc3d644f
 def findings(s: Study) -> list:
     "Sentences about a study of two or more components, each computed from its frames."
     t = summary(s)
     parts = t[t.component.isin(KINDS)]
-    (rho, p), n = rank_agreement(t), len(parts)
+    found, n = rank_correlation(parts.assign(task=s.facts["task"])), len(parts)
     orders = {v: chain(parts.sort_values(v, ascending=False).component) for v in ("plasticity", "embedding")}
     best, second = parts.iloc[0], parts.iloc[1]
     gap, noise = best.test_accuracy - second.test_accuracy, difference_noise(
@@ -93,7 +94,7 @@ def findings(s: Study) -> list:
         ),
         (
             f"Rank correlation of plasticity (what each receives) and accuracy over {n} components:"
-            f" {rho:+.2f}, exact p = {p:.2f}; with so few no p is below {2 / math.factorial(n):.3f}."
+            f" {found.mean:+.2f}, exact p = {found.p:.2f}; with so few no p is below {2 / math.factorial(n):.3f}."
         ),
         f"{best.component} is best alone, {100 * gap:.1f} points before {second.component}. The standard"
         f" error of such a difference on {s.facts['test_sources']} independent test images is about"
