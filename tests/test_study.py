@@ -15,7 +15,7 @@ import pytest
 from vitplast.report import display_frame, findings, report_html, text_table
 from vitplast.stats import best_rates, rank_correlation
 from vitplast.study import Study, StudyConfig, summary
-from vitplast.sweep import compute
+from vitplast.executors import compute
 
 SCRIPT = """
 import os, sys

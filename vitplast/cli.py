@@ -148,7 +148,7 @@ def measure(
         typer.echo(f"\n{model}, {frame.source[0]} against {target}: plasticity, mean over blocks\n\n{table.round(3).to_string()}\n")
     typer.echo(f"{out} and {out.with_suffix('.svg')} written", err=True)
 
-# %% ../nbs/library/cli.ipynb #7716ccf1
+# %% ../nbs/library/cli.ipynb #5ece0b32
 def read_plan(name) -> tuple:
     "The grids of a preset, or of a JSON file."
     from vitplast.grid import PRESETS, check_name, read_grids
@@ -186,7 +186,8 @@ def sweep(
     from vitplast.grid import all_runs
     from vitplast.stats import SELECTIONS, accuracy_table, summarise
     from vitplast.store import Store
-    from vitplast.sweep import choose, in_words, probe_frame, seconds_left, sweep as swept
+    from vitplast.executors import choose
+    from vitplast.sweep import in_words, probe_frame, seconds_left, sweep as swept
 
     store = store or Path(f"vitplast-{Path(plan).stem}")
     with plain_errors(f"Finished runs are kept in {store}; the same command goes on from there."):
@@ -195,15 +196,15 @@ def sweep(
         if selection not in SELECTIONS:
             raise ValueError(f"--selection {selection!r}: expected one of {SELECTIONS}")
         if dry_run:
-            _, slots, _, words = choose(executor, workers)
+            choice = choose(executor, workers)
             done = [records.get(run.identity()) is not None for run in runs]
-            left = seconds_left(runs, records, slots)
+            left = seconds_left(runs, records, choice.slots)
             if as_json:
                 listed = [{"run": str(run), "done": d} for run, d in zip(runs, done)]
-                typer.echo(json.dumps({"runs": len(runs), "done": sum(done), "seconds_left": left, "executor": words, "list": listed}, indent=1))
+                typer.echo(json.dumps({"runs": len(runs), "done": sum(done), "seconds_left": left, "executor": choice.words, "list": listed}, indent=1))
                 return
             typer.echo("\n".join(f"{'done' if d else 'open'}  {run}" for run, d in zip(runs, done)))
-            typer.echo(f"\n{len(runs)} runs, {sum(done)} done, about {in_words(left)} left ({words})")
+            typer.echo(f"\n{len(runs)} runs, {sum(done)} done, about {in_words(left)} left ({choice.words})")
             return
         frame = swept(grids, records, executor, workers, compiled)
         probes = probe_frame(grids, records)

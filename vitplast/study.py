@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRAMES', 'StudyConfig', 'Study', 'chosen_curves', 'study', 'summary']
 
-# %% ../nbs/library/study.ipynb #c870e192
+# %% ../nbs/library/study.ipynb #98363abd
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from .pretrain import hardware
 from .probe import linear_probe
 from .stats import best_rates, chosen
 from .store import Store, replacing
-from .sweep import curve_frame, materials, sweep, versions
+from .executors import materials, versions
+from .sweep import curve_frame, sweep
 from .tasks import pretraining_images
 
 # %% ../nbs/library/study.ipynb #87749941
