@@ -133,7 +133,7 @@ class RunConfig:
         c = self.config
         return f"{self.model} {self.task} {self.components} {c.optimizer} lr={c.lr:g} seed={c.seed}"
 
-# %% ../nbs/library/grid.ipynb #1a7c40e5
+# %% ../nbs/library/grid.ipynb #c3faba37
 @dataclass(frozen=True)
 class Grid:
     "Every task with every selection, learning rate, seed, optimiser and model; a run list that is checked when it is made."
@@ -154,6 +154,10 @@ class Grid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a list with at least one entry")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)}: expected each entry once")
+            if name == "lrs":
+                if not all(isinstance(v, (int, float)) for v in values):
+                    raise ValueError(f"lrs={list(values)}: expected numbers")
+                values = tuple(map(float, values))  # 1 and 1.0 are one rate, and one key
             object.__setattr__(self, name, values)
         self.runs()  # checks every name and number
 

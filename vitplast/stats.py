@@ -35,7 +35,7 @@ def chosen(runs, selection="validation") -> pd.DataFrame:
     at_rate = runs.lr.to_numpy() == rates.loc[pd.MultiIndex.from_frame(runs[CELL])].to_numpy()
     return runs[at_rate].assign(selection=selection).reset_index(drop=True)
 
-# %% ../nbs/library/stats.ipynb #ee88ab0c
+# %% ../nbs/library/stats.ipynb #81ed58a0
 def t_interval(values, confidence=0.95) -> tuple:
     "Student's confidence interval of a mean; NaN for fewer than two values."
     values = np.asarray(values, float)
@@ -47,13 +47,12 @@ def t_interval(values, confidence=0.95) -> tuple:
 
 def summarise(runs, selection="validation", confidence=0.95) -> pd.DataFrame:
     "One row per model, optimiser, task and component: rate, mean, std and interval of the test accuracy over seeds, and how many of all its runs diverged."
-    rows = []
+    rows, tried = [], runs.groupby(CELL).diverged.agg(["sum", "size"])
     for cell, mine in chosen(runs, selection).groupby(CELL, sort=False):
-        all_of_it = runs[(runs[CELL] == cell).all(axis=1)]
         low, high = t_interval(mine.test_accuracy, confidence)
         rows.append(dict(zip(CELL, cell)) | {
             "selection": selection, "lr": mine.lr.iloc[0], "mean": mine.test_accuracy.mean(), "std": mine.test_accuracy.std(),
-            "ci_low": low, "ci_high": high, "n_seeds": len(mine), "n_diverged": int(all_of_it.diverged.sum()), "n_runs": len(all_of_it),
+            "ci_low": low, "ci_high": high, "n_seeds": len(mine), "n_diverged": int(tried.loc[cell, "sum"]), "n_runs": int(tried.loc[cell, "size"]),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
