@@ -4,7 +4,7 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -155,6 +155,7 @@ def test_too_little_for_friedman():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(3, 5))
+@settings(deadline=None, max_examples=25)
 def test_rank_correlation_as_scipy_and_all_orders(seed, n, k):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(2, n, k))

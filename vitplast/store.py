@@ -81,7 +81,7 @@ def checked(line, name=None) -> tuple:
         raise ValueError("its checksum does not fit")
     return stored["key"], stored["record"]
 
-# %% ../nbs/library/store.ipynb #766765f2
+# %% ../nbs/library/store.ipynb #410c48cd
 class Store:
     "A folder of records; reading and writing are safe while other processes do the same."
 
@@ -194,6 +194,9 @@ class Store:
             for f in others:
                 f.unlink(missing_ok=True)
         return path
+
+    def __fspath__(self):  # where a folder is expected, a store is one
+        return str(self.folder)
 
     def __len__(self):
         return len(self.lines().keys() | {f.stem for f in self.folder.glob("*.json")})

@@ -114,7 +114,7 @@ class Sweep:
         for _, claims in self.active.values():
             claims.close()
 
-# %% ../nbs/library/sweep.ipynb #e7a482b1
+# %% ../nbs/library/sweep.ipynb #b3f6828c
 def drive(state, choice, compiled):
     "Compute everything that is waiting; on an error or Ctrl-C stop the workers at once."
     pool = choice.make()
@@ -146,8 +146,7 @@ def sweep(grid, store, executor="local", workers=None, compiled=False, progress=
     per core (or GPU); compiled: torch.compile, for long runs on a GPU. What the executor picked is in .attrs["executor"].
     A run that raises is noted in the store, a warning counts such runs at the end, and the next sweep tries them again.
     """
-    store = store if isinstance(store, Store) else Store(store)
-    runs = all_runs(grid)
+    store, runs = Store(store), all_runs(grid)
     choice = choose(executor, workers)
     folder_contents.cache_clear()
     with tqdm(total=len(runs), desc=f"sweep ({choice.words})", unit="run", disable=not progress, smoothing=0.05) as bar:
@@ -193,13 +192,13 @@ def stored_runs(store) -> list:
     records = [r for r in Store(store).records().values() if "history" in r]
     return sorted(records, key=lambda r: tuple(of_record(r).values()))
 
-# %% ../nbs/library/sweep.ipynb #a5e6d1a2
+# %% ../nbs/library/sweep.ipynb #630a302d
 PROBE_CODE = ("components", "adapters", "huggingface", "data", "models", "probe")
 
 
 def probe_frame(grid, store, progress=True) -> pd.DataFrame:
     "The linear probe's test accuracy for every model and task of a grid: computed where the store does not hold it."
-    store, rows = store if isinstance(store, Store) else Store(store), []
+    store, rows = Store(store), []
     folder_contents.cache_clear()
     for run in tqdm(list(dict.fromkeys(r.base() for r in all_runs(grid))), desc="linear probes", unit="probe", disable=not progress):
         about = {k: v for k, v in run.identity().items() if k not in ("config", "components")}
