@@ -1,8 +1,10 @@
 """The command line as a person meets it."""
 import json
+import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -19,7 +21,7 @@ def invoke(*args):
 def test_help_and_version():
     assert invoke("--version").stdout.strip() == vp.__version__
     assert "Examples" in invoke("demo", "--help").stdout and "--json" in invoke("demo", "--help").stdout
-    for name in ("demo", "measure", "pretrain"):
+    for name in ("demo", "measure", "sweep", "pretrain"):
         assert name in invoke("--help").stdout
 
 
@@ -47,6 +49,49 @@ def test_errors_are_one_line(tmp_path):
     ):  # fmt: skip
         result = invoke("pretrain", "--steps", 1, *args)
         assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1
+
+
+PLAN = {"tasks": ["digits"], "models": ["formula-vit-tiny"], "selections": ["LN1", "head"], "lrs": [0.1, 0.3], "seeds": [0, 1], "config": {"steps": 2, "eval_every": 2}}
+
+
+def test_a_sweep_says_what_it_will_do_does_it_and_shows_it(tmp_path):
+    plan, store = tmp_path / "plan.json", tmp_path / "store"
+    plan.write_text(json.dumps(PLAN))
+    command = ("sweep", plan, "--store", store, "--executor", "serial")
+    dry = invoke(*command, "--dry-run")
+    assert dry.exit_code == 0 and dry.stdout.count("open  formula-vit-tiny digits") == 8 and not list(store.glob("*.json"))
+    assert re.search(r"^8 runs, 0 done, about \d+ (s|min) left \(one process, CPU, one by one\)$", dry.stdout, re.MULTILINE)
+    done = invoke(*command)
+    assert done.exit_code == 0 and len(list(store.glob("*.json"))) == 9 and "8 runs, 0 diverged, 0 failed" in done.output
+    probe = vp.linear_probe(vp.load("formula-vit-tiny"), vp.task("digits"))
+    row = re.search(r"^digits +([0-9.]+) +([0-9.]+) +([0-9.]+)$", done.stdout, re.MULTILINE)
+    assert row and float(row[3]) == round(100 * probe, 1) and "rates chosen on validation" in done.stdout
+    runs = pd.DataFrame(json.loads(invoke(*command, "--json", "--compact").stdout)["runs"])
+    assert sorted(f.name for f in store.iterdir() if f.name[0] != ".") == ["runs.jsonl"]
+    for column, name in ((1, "LN1"), (2, "head")):
+        mine = runs[runs.component == name].groupby("lr")[["validation_accuracy", "test_accuracy"]].mean()
+        assert float(row[column]) == pytest.approx(100 * mine.test_accuracy[mine.validation_accuracy.idxmax()], abs=0.051)
+    after = json.loads(invoke(*command, "--dry-run", "--json").stdout)
+    assert (after["runs"], after["done"], after["seconds_left"]) == (8, 8, 0) and {d["done"] for d in after["list"]} == {True}
+    assert "rates chosen on test" in invoke(*command, "--selection", "test").stdout
+
+
+def test_a_sweep_with_failures_shows_the_rest(tmp_path):
+    (tmp_path / "no-images").mkdir()
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN | {"tasks": ["digits", str(tmp_path / "no-images")], "lrs": [0.1]}))
+    result = invoke("sweep", tmp_path / "plan.json", "--store", tmp_path / "s", "--executor", "serial")
+    assert result.exit_code == 1 and "4 runs, 0 diverged, 4 failed" in result.output and re.search(r"^digits +[0-9]", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("args, message", [
+    (("papre",), "unknown preset or file 'papre'; nearest known: ['paper']"),
+    (("missing.json",), "missing.json"),
+    (("offline-cpu", "--executor", "gpu"), "unknown executor 'gpu'"),
+    (("offline-cpu", "--selection", "train"), "'train'"),
+], ids=str)  # fmt: skip
+def test_what_a_sweep_refuses(tmp_path, args, message):
+    result = invoke("sweep", *args, "--store", tmp_path / "s", "--dry-run")
+    assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1
 
 
 @pytest.mark.long

@@ -176,11 +176,11 @@ class Grid:
             check_name("setting", name, [f.name for f in fields(cls)])
         return cls(**d | ({"config": FinetuneConfig.from_dict(d["config"])} if "config" in d else {}))
 
-# %% ../nbs/library/grid.ipynb #eaaf9a91
+# %% ../nbs/library/grid.ipynb #8c3b9bee
 def all_runs(grids) -> list:
-    "The runs of a grid or of several, each once."
+    "The runs of a grid, or of several grids and runs, each once."
     grids = [grids] if isinstance(grids, Grid) else list(grids)
-    return list(dict.fromkeys(run for grid in grids for run in grid.runs()))
+    return list(dict.fromkeys(run for grid in grids for run in (grid.runs() if isinstance(grid, Grid) else [grid])))
 
 
 def read_grids(path) -> tuple:

@@ -35,7 +35,7 @@ def chosen(runs, selection="validation") -> pd.DataFrame:
     at_rate = runs.lr.to_numpy() == rates.loc[pd.MultiIndex.from_frame(runs[CELL])].to_numpy()
     return runs[at_rate].assign(selection=selection).reset_index(drop=True)
 
-# %% ../nbs/library/stats.ipynb #81ed58a0
+# %% ../nbs/library/stats.ipynb #ff5a46e3
 def t_interval(values, confidence=0.95) -> tuple:
     "Student's confidence interval of a mean; NaN for fewer than two values."
     values = np.asarray(values, float)
@@ -57,14 +57,14 @@ def summarise(runs, selection="validation", confidence=0.95) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def accuracy_table(summary, value="mean") -> pd.DataFrame:
-    "Tasks x components; ValueError if the summary is of several models or optimisers, or a cell is missing."
+def accuracy_table(summary, value="mean", complete=True) -> pd.DataFrame:
+    "Tasks x components; ValueError if the summary is of several models or optimisers, or a cell of a `complete` table is missing."
     for name in ("model", "optimizer"):
         if summary[name].nunique() > 1:
             raise ValueError(f"{name}: {summary[name].unique().tolist()}, expected rows of one")
     table = summary.pivot(index="task", columns="component", values=value)
     table = table.loc[summary.task.unique(), summary.component.unique()]
-    if table.isna().any(axis=None):
+    if complete and table.isna().any(axis=None):
         row, column = table.isna().stack().idxmax()
         raise ValueError(f"no runs of {column} on {row!r}: expected every component on every task")
     return table
@@ -159,7 +159,7 @@ def friedman(table, alpha=0.05) -> Friedman:
     q = stats.studentized_range.ppf(1 - alpha, k, np.inf) / np.sqrt(2)
     return Friedman(float(found.statistic), float(found.pvalue), ranks, float(q * np.sqrt(k * (k + 1) / (6 * n))), n)
 
-# %% ../nbs/library/stats.ipynb #5ad443f3
+# %% ../nbs/library/stats.ipynb #21fb81f5
 class RankCorrelation(NamedTuple):
     "Spearman's correlation, averaged over groups."
 
@@ -187,7 +187,7 @@ def rank_correlation(frame, x="plasticity", y="test_accuracy", group="task", uni
     each = (a * b).sum(1) / scale
 
     def of_order(order):
-        return ((a[:, order.astype(int)] * b).sum(1) / scale).mean()
+        return round(((a[:, order.astype(int)] * b).sum(1) / scale).mean(), 12)  # equal up to rounding is equal
 
     p = stats.permutation_test((np.arange(a.shape[1]),), of_order, permutation_type="pairings", n_resamples=9999, rng=seed).pvalue
     low = high = np.nan
