@@ -1,4 +1,5 @@
 """Records are whole or not there: killed writers, two writers, a full disk, damage."""
+import hashlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitplast.store import Store, canonical, key, replacing
+from vitplast.store import Store, canonical, code_digest, key, replacing
 
 WRITER = """
 import sys
@@ -91,3 +92,66 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "runs").write_text("")
     with pytest.raises(ValueError, match="expected a folder for the store, found a file on the way"):
         Store(tmp_path / "runs")
+
+
+def test_the_digest_counts_code_alone_on_every_python(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitplast.__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "a.py").write_text('x = f"# {1}"  # why\n\n    # more\ny = "\'#"#\n')
+    (tmp_path / "b.py").write_text("z = 3\n")
+    digest = code_digest("a", "b")
+    assert digest == hashlib.sha256(b'x = f"# {1}"\ny = "\'#"\nz = 3').hexdigest()[:12]
+    (tmp_path / "b.py").write_text("z = 4\n")
+    assert code_digest("a", "b") != digest
+
+
+def claimed(store, config) -> bool:
+    with store.claim(config) as mine:
+        return mine
+
+
+def test_a_claim_is_of_one_process_and_dies_with_it(tmp_path):
+    store, holder = Store(tmp_path), f"import sys, time; from vitplast.store import Store\nwith Store({str(tmp_path)!r}).claim({{'a': 1}}) as mine:\n    print(mine, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "True"
+    assert not claimed(store, {"a": 1}) and claimed(store, {"a": 2})
+    process.kill(), process.wait()
+    assert claimed(store, {"a": 1}) and claimed(store, {"a": 1}) and not list(tmp_path.iterdir())
+
+
+def test_a_claim_is_given_up_on_an_error(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(KeyError), store.claim({}) as mine:
+        assert mine
+        raise KeyError
+    assert claimed(store, {})
+
+
+def test_compacting_keeps_everything(tmp_path):
+    store, records = Store(tmp_path), {i: {"value": [i, None, 0.1 * i]} for i in range(9)}
+    for i, r in records.items():
+        store.put({"i": i}, r)
+        if i % 4 == 0:
+            store.compact()
+    store.put({"i": 3}, {"value": "new"})
+    store.put_failure({"i": 5}, "no"), store.put_failure({"i": 77}, "never")
+    assert store.failures() == {key({"i": 77}): "never"}
+    store.compact()
+    assert {i: store.get({"i": i}) for i in records} == records | {3: {"value": "new"}} and len(store) == 9 == len(store.records())
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".compact.lock", f"{key({'i': 77})}.failed", "runs.jsonl"]
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text("\n".join([lines[0].replace("value", "Value"), *lines[1:]]) + "\n")
+    with pytest.warns(UserWarning, match="runs.jsonl, line 1: damaged record"):
+        store.compact()
+    assert len(Store(tmp_path)) == 8 and (tmp_path / "runs.damaged").read_text().count("Value") == 1
+
+
+def test_compacted_while_others_write(tmp_path):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, tmp_path]) for _ in range(2)]
+    deadline, store = time.monotonic() + 30, Store(tmp_path)
+    while len(store) < 7 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for _ in range(20):
+        store.compact()
+        assert len(store.records()) == 7 and all(len(set(store.get({"i": i})["values"])) == 1 for i in range(7))
+    for w in writers:
+        w.kill(), w.wait()

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['replacing', 'canonical', 'key', 'code_digest', 'finite', 'as_line', 'checked', 'Store']
 
-# %% ../nbs/library/store.ipynb #d45afc6c
-import ast
+# %% ../nbs/library/store.ipynb #6a32e057
 import hashlib
+import io
 import json
 import math
 import os
 import tempfile
+import tokenize
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -40,7 +41,7 @@ def replacing(path):
         Path(temporary).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/library/store.ipynb #eb0e4b98
+# %% ../nbs/library/store.ipynb #69ab9f26
 def canonical(config) -> str:
     """The one JSON text of a dataclass or dictionary: keys sorted, no spaces, floats by their shortest
     exact form."""
@@ -54,9 +55,17 @@ def key(config) -> str:
 
 
 def code_digest(*modules) -> str:
-    "Twelve hexadecimal digits of the code of modules of this package; comments do not count."
-    sources = [(Path(vitplast.__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in modules]
-    return hashlib.sha256("".join(ast.dump(ast.parse(s)) for s in sources).encode()).hexdigest()[:12]
+    "Twelve hexadecimal digits of the code of modules of this package, whatever runs it; comments and empty lines do not count."
+    found = []
+    for name in modules:
+        source = (Path(vitplast.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        lines = source.splitlines()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                lines[row - 1] = lines[row - 1][:column]
+        found += [line.rstrip() for line in lines if line.strip()]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
 
 # %% ../nbs/library/store.ipynb #61989e37
 def finite(value):
