@@ -16,12 +16,14 @@ from .data import Task
 from .finetune import check_fit
 from .models import prepare
 
-# %% ../nbs/library/probe.ipynb #a7a057e7
+# %% ../nbs/library/probe.ipynb #988817e5
 def probe_features(model, batches):
     "Mean token after the last block, of length 1, for batches of byte images: array (N, d)."
     parts = anatomy(model)
     with evaluating(model):
-        tokens = [F.normalize(parts.tokens(prepare(model, b)).mean(1), dim=1) for b in batches]
+        tokens = [
+            F.normalize(parts.tokens(prepare(model, b)).mean(1), dim=1) for b in batches
+        ]
     return torch.cat(tokens).double().cpu().numpy()
 
 
