@@ -16,7 +16,7 @@ from .data import Task
 from .finetune import check_fit
 from .models import prepare
 
-# %% ../nbs/library/probe.ipynb #988817e5
+# %% ../nbs/library/probe.ipynb #8a2d67e3
 def probe_features(model, batches):
     "Mean token after the last block, of length 1, for batches of byte images: array (N, d)."
     parts = anatomy(model)
@@ -33,6 +33,4 @@ def linear_probe(model, task: Task, split="test") -> float:
     read, train, scaler = getattr(task, split), task.train, StandardScaler()
     fitted = probe_features(model, (task.still(rows) for rows in torch.arange(len(train)).split(256)))
     classifier = LogisticRegression(max_iter=5000).fit(scaler.fit_transform(fitted), train.labels.numpy())
-    return float(
-        classifier.score(scaler.transform(probe_features(model, read.images.split(256))), read.labels.numpy())
-    )
+    return float(classifier.score(scaler.transform(probe_features(model, read.images.split(256))), read.labels.numpy()))
