@@ -273,11 +273,12 @@ def memory_per_run(model, task, components, config) -> int:
     saved = saved_bytes(lambda: loss_of(whole, weights, images, labels[None], config.bf16))
     return saved + of_weights * (4 if config.optimizer == "sgd" else 5)
 
-# %% ../nbs/library/batched.ipynb #10fcc61b
+# %% ../nbs/library/batched.ipynb #4c8bc192
 def free_memory(device) -> int:
     "Bytes that may still be allocated on a device."
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for itself
+        return torch.cuda.mem_get_info(device)[0] + unused
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**32
 
 
