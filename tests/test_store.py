@@ -155,3 +155,14 @@ def test_compacted_while_others_write(tmp_path):
         assert len(store.records()) == 7 and all(len(set(store.get({"i": i})["values"])) == 1 for i in range(7))
     for w in writers:
         w.kill(), w.wait()
+
+
+def test_a_record_is_computed_once(tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def compute():
+        calls.append(1)
+        return {"value": 0.5, "nothing": math.nan}
+
+    assert store.kept({"a": 1}, compute) == store.kept({"a": 1}, compute) == {"value": 0.5, "nothing": None}
+    assert Store(tmp_path).kept({"a": 1}, compute)["value"] == 0.5 and len(calls) == 1

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'KIND_LINES', 'THEORY_ORDER', 'STYLE', 'WIDTH', 'BookFigure', 'panels', 'as_svg',
-           'contact_sheet', 'as_png', 'image_rows', 'draw_depth', 'depth_lines', 'measurement', 'against_accuracy',
-           'training_curves']
+           'contact_sheet', 'as_png', 'image_rows', 'draw_depth', 'depth_lines', 'draw_boxes', 'over_targets',
+           'measurement', 'against_accuracy', 'training_curves', 'keep_headline']
 
-# %% ../nbs/library/figures.ipynb #d6b716f9
+# %% ../nbs/library/figures.ipynb #cec01697
 import base64
 import io
 import math
+from pathlib import Path
 
 import matplotlib
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .components import KINDS
+from .store import replacing
 
 COLOURS = {
     "MHA": "#D55E00", "FC1": "#0072B2", "FC2": "#56B4E9", "LN2": "#009E73", "LN1": "#E69F00", "all": "#555555", "head": "#999999",
@@ -123,27 +126,33 @@ def depth_lines(frame, value="plasticity", log=False):
     axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/library/figures.ipynb #a04d20ce
+# %% ../nbs/library/figures.ipynb #7e35d541
+def draw_boxes(ax, rows, value, names=THEORY_ORDER):
+    "The distribution of a column for each component, by theoretical rank: median, quartiles, whiskers of 1.5 times their distance, and what lies beyond."
+    values = [rows.loc[rows.component == name, value].dropna() for name in names]
+    look = {"medianprops": {"color": "black"}, "flierprops": {"markersize": 3}}
+    for box, name in zip(ax.boxplot(values, patch_artist=True, widths=0.6, **look)["boxes"], names):
+        box.set_facecolor(COLOURS[name])
+    ranks = {kind: i for i, kind in enumerate(THEORY_ORDER, 1)}
+    ax.set_xticks(range(1, len(names) + 1), [f"{name}\n{ranks.get(name, '')}" for name in names])
+
+
+def over_targets(frame) -> pd.DataFrame:
+    "The mean over all targets of each block and component; from the lowest end of an interval to the highest."
+    together = frame.groupby(["inputs", "block", "depth", "component"], sort=False, as_index=False)
+    return together.agg(plasticity=("plasticity", "mean"), ci_low=("ci_low", "min"), ci_high=("ci_high", "max"))
+
+
 def measurement(frame):
     "One row per input protocol: plasticity over depth with intervals, and its spread over blocks by theoretical rank."
     protocols = list(dict.fromkeys(frame.inputs))
     figure, axes = panels(2, len(protocols), sharey="row", squeeze=False, width_ratios=(3, 2))
     for (left, right), inputs in zip(axes, protocols):
         rows = frame[frame.inputs == inputs]
-        draw_depth(left, rows)
+        draw_depth(left, over_targets(rows))
         left.set_ylabel("plasticity")
-        values = [rows[rows.component == kind].plasticity.dropna() for kind in THEORY_ORDER]
-        boxes = right.boxplot(
-            values,
-            patch_artist=True,
-            widths=0.6,
-            medianprops={"color": "black"},
-            flierprops={"markersize": 4},
-        )
-        for box, kind in zip(boxes["boxes"], THEORY_ORDER):
-            box.set_facecolor(COLOURS[kind])
-        right.set(title="over blocks, by theoretical rank")
-        right.set_xticks(range(1, 6), [f"{k}\n{i}" for i, k in enumerate(THEORY_ORDER, 1)])
+        draw_boxes(right, rows, "plasticity")
+        right.set_title("over blocks, by theoretical rank")
     return figure
 
 # %% ../nbs/library/figures.ipynb #08bc5186
@@ -193,3 +202,11 @@ def training_curves(histories):
         ax.set(title=title, xlabel="step")
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+# %% ../nbs/library/figures.ipynb #a809ed20
+def keep_headline(name, figure, sentence, folder="../results/headlines") -> str:
+    "Write the figure and the sentence that an experiment ends with into a folder, as NAME.svg and NAME.txt; returns the sentence."
+    for suffix, text in ((".svg", as_svg(figure) + "\n"), (".txt", sentence + "\n")):
+        with replacing(Path(folder) / f"{name}{suffix}") as file:
+            file.write_text(text, encoding="utf-8")
+    return sentence

@@ -90,7 +90,7 @@ def checked(line, name=None) -> tuple:
         raise ValueError("its checksum does not fit")
     return stored["key"], stored["record"]
 
-# %% ../nbs/library/store.ipynb #410c48cd
+# %% ../nbs/library/store.ipynb #5723de51
 class Store:
     "A folder of records; reading and writing are safe while other processes do the same."
 
@@ -127,6 +127,13 @@ class Store:
                 f"{path}: damaged record ({error}), set aside as {aside.name}; it will be computed again"
             )
             return self.lines().get(path.stem)
+
+    def kept(self, config, compute) -> dict:
+        "The record of a configuration; what `compute()` returns, computed and stored, if it is not there."
+        if (found := self.get(config)) is None:
+            self.put(config, compute())
+            found = self.get(config)
+        return found
 
     def lines(self) -> dict:
         "Records of the compacted files, by key; read again when a file has changed. Damaged lines are named, and left where they are."

@@ -192,7 +192,7 @@ def stored_runs(store) -> list:
     records = [r for r in Store(store).records().values() if "history" in r]
     return sorted(records, key=lambda r: tuple(of_record(r).values()))
 
-# %% ../nbs/library/sweep.ipynb #630a302d
+# %% ../nbs/library/sweep.ipynb #4717e9a2
 PROBE_CODE = ("components", "adapters", "huggingface", "data", "models", "probe")
 
 
@@ -203,9 +203,7 @@ def probe_frame(grid, store, progress=True) -> pd.DataFrame:
     for run in tqdm(list(dict.fromkeys(r.base() for r in all_runs(grid))), desc="linear probes", unit="probe", disable=not progress):
         about = {k: v for k, v in run.identity().items() if k not in ("config", "components")}
         name = about | {"probe": "test", "code": code_of(*PROBE_CODE)}
-        if (found := store.get(name)) is None:
-            found = name | {"accuracy": linear_probe(*materials(run))}
-            store.put(name, found)
+        found = store.kept(name, lambda: name | {"accuracy": linear_probe(*materials(run))})
         rows.append({k: found[k] for k in ("model", "task", "accuracy")})
     return pd.DataFrame(rows)
 
