@@ -3,12 +3,12 @@ import json
 import re
 from dataclasses import asdict, replace
 
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vitplast as vp
+from vitplast.check import published_results
 from vitplast.freezing import CHOICES
 from vitplast.grid import PRESETS, Grid, RunConfig, all_runs, folder_contents, read_grids
 from vitplast.models import SHIPPED
@@ -32,13 +32,13 @@ def test_a_grid_is_a_product():
 
 
 def test_presets_hold_the_published_grid():
-    published = pd.read_csv("nbs/results/published_finetuning.csv")
+    published = published_results()
     runs = all_runs(PRESETS["paper"])
     assert len(runs) == len(names(runs))
     main = [r for r in runs if r.model == "vit_base_patch16_224.orig_in21k" and r.config.optimizer == "sgd"]
     assert len(main) == 924
     cells = {(r.task, r.components) for r in main}
-    assert {t for t, _ in cells} == set(published.dataset) and len(cells) == 77
+    assert {t for t, _ in cells} == set(published.task) and len(cells) == 77
     assert {r.config.seed for r in runs} == {0, 42, 3407}
     for cell in cells:
         mine = [r for r in main if (r.task, r.components) == cell]

@@ -1,17 +1,17 @@
 """Names become tasks, and what is no task is refused with the nearest that is."""
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 
 import vitplast as vp
+from vitplast.check import published_results
 from vitplast.tasks import SUITES, pretraining_images
 
 
 def test_the_suites_correspond():
     assert {s: len(names) for s, names in SUITES.items()} == {"offline": 11, "paper": 11}
-    published = pd.read_csv("nbs/results/published_finetuning.csv").dataset.unique()
+    published = published_results().task
     assert set(SUITES["paper"]) == set(published)
 
 
