@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'KIND_LINES', 'THEORY_ORDER', 'STYLE', 'WIDTH', 'BookFigure', 'panels', 'as_svg',
            'contact_sheet', 'as_png', 'image_rows', 'draw_depth', 'depth_lines', 'draw_boxes', 'over_targets',
-           'measurement', 'against_accuracy', 'training_curves', 'keep_headline']
+           'measurement', 'against_accuracy', 'training_curves', 'alike', 'mean_ranks', 'differences', 'keep_headline']
 
 # %% ../nbs/library/figures.ipynb #cec01697
 import base64
@@ -201,6 +201,38 @@ def training_curves(histories):
     for ax, title in zip(axes, ("gradient norm", "training loss", "validation accuracy (%)")):
         ax.set(title=title, xlabel="step")
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+# %% ../nbs/library/figures.ipynb #78aa9c68
+def alike(ranks, width) -> list:
+    "The largest runs (first, last) of sorted ranks that lie within `width`, of more than one rank each."
+    reach = [(i, max(j for j, r in enumerate(ranks) if r - ranks[i] <= width)) for i in range(len(ranks))]
+    return [(i, j) for n, (i, j) in enumerate(reach) if j > i and (n == 0 or j > reach[n - 1][1])]
+
+
+def mean_ranks(found):
+    "One panel per entry of a dictionary of Friedman results: mean ranks, best on the left; bars join what lies within the critical difference."
+    figure, axes = panels(1, len(found), 1.3, squeeze=False, sharex=True)
+    for ax, (title, f) in zip(axes[:, 0], found.items()):
+        for name, rank in f.ranks.items():
+            ax.plot([rank], [0], MARKERS[name], color=COLOURS[name], markersize=9)
+            ax.annotate(name, (rank, 0), (0, 9), textcoords="offset points", ha="center", rotation=30, fontsize=9)
+        for level, (i, j) in enumerate(alike(f.ranks.tolist(), f.critical_difference), 1):
+            ax.plot(f.ranks.iloc[[i, j]], [-level, -level], color="black", linewidth=3, solid_capstyle="butt")
+        ax.set(ylim=(-3.5, 3.2), yticks=[], xlabel="mean rank" if ax is axes[-1, 0] else "", title=f"{title}: {f.n_tasks} tasks, p = {f.p:.2g}, critical difference {f.critical_difference:.2f}")
+        ax.spines["left"].set_visible(False)
+    return figure
+
+# %% ../nbs/library/figures.ipynb #e4200b2b
+def differences(table, compared):
+    "A dot per task for each row of `compare`: difference in points of the tasks x components table, with its mean and interval."
+    figure, ax = panels(height=0.55 * len(compared) + 0.9)
+    for y, row in enumerate(compared.itertuples()):
+        d = 100 * (table[row.component] - table[row.against])
+        ax.plot(d, [y + 0.12] * len(d), "|", color=COLOURS[row.against], markersize=11)
+        ax.errorbar([100 * row.difference], [y - 0.12], xerr=[[100 * (row.difference - row.ci_low)], [100 * (row.ci_high - row.difference)]], fmt=MARKERS[row.against], color=COLOURS[row.against], capsize=3)
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set(yticks=range(len(compared)), yticklabels=[f"{r.component} - {r.against}" for r in compared.itertuples()], xlabel="points of test accuracy", ylim=(len(compared) - 0.5, -0.5))
     return figure
 
 # %% ../nbs/library/figures.ipynb #a809ed20
