@@ -203,7 +203,7 @@ def training_curves(histories):
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/library/figures.ipynb #78aa9c68
+# %% ../nbs/library/figures.ipynb #31aa5495
 def alike(ranks, width) -> list:
     "The largest runs (first, last) of sorted ranks that lie within `width`, of more than one rank each."
     reach = [(i, max(j for j, r in enumerate(ranks) if r - ranks[i] <= width)) for i in range(len(ranks))]
@@ -214,9 +214,12 @@ def mean_ranks(found):
     "One panel per entry of a dictionary of Friedman results: mean ranks, best on the left; bars join what lies within the critical difference."
     figure, axes = panels(1, len(found), 1.3, squeeze=False, sharex=True)
     for ax, (title, f) in zip(axes[:, 0], found.items()):
+        last = lifted = -math.inf
         for name, rank in f.ranks.items():
+            crowded = rank - last < 0.25 and lifted != last
+            last, lifted = rank, rank if crowded else lifted
             ax.plot([rank], [0], MARKERS[name], color=COLOURS[name], markersize=9)
-            ax.annotate(name, (rank, 0), (0, 9), textcoords="offset points", ha="center", rotation=30, fontsize=9)
+            ax.annotate(name, (rank, 0), (0, 19 if crowded else 8), textcoords="offset points", ha="center", fontsize=9)
         for level, (i, j) in enumerate(alike(f.ranks.tolist(), f.critical_difference), 1):
             ax.plot(f.ranks.iloc[[i, j]], [-level, -level], color="black", linewidth=3, solid_capstyle="butt")
         ax.set(ylim=(-3.5, 3.2), yticks=[], xlabel="mean rank" if ax is axes[-1, 0] else "", title=f"{title}: {f.n_tasks} tasks, p = {f.p:.2g}, critical difference {f.critical_difference:.2f}")
