@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'KIND_LINES', 'THEORY_ORDER', 'STYLE', 'WIDTH', 'BookFigure', 'panels', 'as_svg',
            'contact_sheet', 'as_png', 'image_rows', 'draw_depth', 'depth_lines', 'draw_boxes', 'over_targets',
-           'measurement', 'against_accuracy', 'training_curves', 'alike', 'mean_ranks', 'differences', 'keep_headline']
+           'measurement', 'against_accuracy', 'training_curves', 'alike', 'mean_ranks', 'differences', 'draw_surface',
+           'draw_loss', 'draw_rate', 'keep_headline']
 
 # %% ../nbs/library/figures.ipynb #cec01697
 import base64
@@ -237,6 +238,30 @@ def differences(table, compared):
     ax.axvline(0, color="black", linewidth=1)
     ax.set(yticks=range(len(compared)), yticklabels=[f"{r.component} - {r.against}" for r in compared.itertuples()], xlabel="points of test accuracy", ylim=(len(compared) - 0.5, -0.5))
     return figure
+
+# %% ../nbs/library/figures.ipynb #38e093d9
+def draw_surface(ax, frame, value, levels):
+    "Filled level lines of a column over the grid of a and b."
+    table = frame.pivot(index="b", columns="a", values=value)
+    ax.grid(False)
+    return ax.contourf(table.columns, table.index, table.to_numpy(), levels=levels, cmap="viridis", extend="both")
+
+
+def draw_loss(ax, frame, path, levels):
+    "A loss surface with the trajectory on it; a ring at its start, a dot at its end."
+    drawn = draw_surface(ax, frame, "loss", levels)
+    ax.plot(path.a, path.b, color="white", linewidth=1.5)
+    ax.plot(path.a.iloc[0], path.b.iloc[0], "o", color="white", markerfacecolor="none", markersize=7)
+    ax.plot(path.a.iloc[-1], path.b.iloc[-1], "o", color="white", markersize=6)
+    return drawn
+
+
+def draw_rate(ax, frame, new, levels):
+    "A rate surface; a cross at the input, a star at the new image."
+    drawn = draw_surface(ax, frame, "rate", levels)
+    ax.plot(0, 0, "+", color="white", markersize=9)
+    ax.plot(new["a"], new["b"], "*", color="white", markersize=9)
+    return drawn
 
 # %% ../nbs/library/figures.ipynb #a809ed20
 def keep_headline(name, figure, sentence, folder="../results/headlines") -> str:
