@@ -51,6 +51,8 @@ def test_a_loss_surface_is_the_loss_of_each_network(model, task, kind, block):
     for point in found.frame.iloc[::5].itertuples():
         vector_to_parameters(mean + point.a * directions[0] + point.b * directions[1], training.chosen.values())
         assert (point.loss, point.accuracy) == pytest.approx(evaluate(twin, some), rel=1e-5)
+    vector_to_parameters(path[-1], training.chosen.values())
+    assert found.path.loss.iloc[-1] == pytest.approx(evaluate(twin, some)[0], rel=1e-5)
     for name in ("a", "b"):  # the path lies within the grid
         assert found.frame[name].min() < found.path[name].min() and found.path[name].max() < found.frame[name].max()
 

@@ -62,12 +62,12 @@ def best_plane(path) -> tuple:
     directions = directions[:2].to(path)
     return mean, directions, (path - mean) @ directions.T, scales[:2].square() / scales.square().sum()
 
-# %% ../nbs/library/landscape.ipynb #39e61096
+# %% ../nbs/library/landscape.ipynb #6c015b2c
 class LossSurface(NamedTuple):
     "The loss on the plane of a trajectory."
 
     frame: pd.DataFrame  # rows: points of the grid; a, b (distances in weight space), loss, accuracy
-    path: pd.DataFrame  # rows: steps; step, a, b
+    path: pd.DataFrame  # rows: steps; step, a, b and the loss, of the weights themselves and not of their place on the plane
     explained: tuple  # share of the trajectory's variance along each direction
 
 
@@ -109,12 +109,13 @@ def loss_surface(model, task, kind, block=None, config=None, size=20, n_images=2
     rows = torch.arange(len(task.train))[:: max(1, len(task.train) // n_images)][:n_images]
     split, whole = Split(task.still(rows), task.train.labels[rows]), Whole(model)
     a, b = (axis(coordinates[:, i], size) for i in (0, 1))
+    along = [evaluate_runs(whole, as_weights(rows, training.chosen), split, batch_size=64)[0] for rows in path.split(size)]
     frames = []
     for height in b:
         stacked = as_weights(mean + a[:, None] * u + height * v, training.chosen)
         loss, accuracy = evaluate_runs(whole, stacked, split, batch_size=64)
         frames.append(pd.DataFrame({"a": a.tolist(), "b": float(height), "loss": loss.tolist(), "accuracy": accuracy.tolist()}))
-    steps = pd.DataFrame({"step": range(len(path)), "a": coordinates[:, 0].tolist(), "b": coordinates[:, 1].tolist()})
+    steps = pd.DataFrame({"step": range(len(path)), "a": coordinates[:, 0].tolist(), "b": coordinates[:, 1].tolist(), "loss": torch.cat(along).tolist()})
     return LossSurface(pd.concat(frames, ignore_index=True), steps, tuple(shares.tolist()))
 
 # %% ../nbs/library/landscape.ipynb #e36d75fd
