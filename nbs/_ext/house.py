@@ -1,8 +1,12 @@
 """Sphinx extension of the book: pages without nbdev's directives, and figures whose caption is their alternative text."""
 import json
 import re
+import shutil
+from pathlib import Path
 
 from docutils import nodes
+
+PACKAGE = Path(__file__).resolve().parents[2] / "vitplast"
 
 DIRECTIVE = re.compile(r"^#\| .*\n?", re.MULTILINE)  # `#| export` and the like, for nbdev and not for readers
 
@@ -32,6 +36,14 @@ def caption_to_alt(app, doctree):
         image["alt"] = after[0].astext() if caption else "Figure; the text above says what it shows."
 
 
+def output_links(app, doctree):
+    "Send the links in outputs, which Sphinx does not resolve, from notebooks to their pages."
+    for link in doctree.findall(nodes.reference):
+        uri = link.get("refuri", "")
+        if uri.endswith(".ipynb") and "://" not in uri:
+            link["refuri"] = uri[: -len("ipynb")] + "html"
+
+
 def scripts(app, pagename, templatename, context, doctree):
     """Drop thebe, which names a server of others; of the two MathJax that are asked for keep the deferred one,
     which runs after its configuration."""
@@ -40,8 +52,32 @@ def scripts(app, pagename, templatename, context, doctree):
     context["script_files"] = [f for f in files if getattr(f, "filename", None) not in deferred or "defer" in f.attributes]
 
 
+def source_line(app, pagename, templatename, context, doctree):
+    "End a page with where it comes from: its notebook, and the module that the notebook exports."
+    notebook = Path(app.srcdir) / f"{pagename}.ipynb"
+    if not notebook.exists():
+        return
+    link = lambda path, text: f'<a href="{context["pathto"](f"_sources/{path}", 1)}" download>{text}</a>'
+    line = "This page is the notebook " + link(f"{pagename}.ipynb", f"nbs/{pagename}.ipynb")
+    if (PACKAGE / f"{notebook.stem}.py").exists():
+        line += ", which exports " + link(f"vitplast/{notebook.stem}.py.txt", f"vitplast/{notebook.stem}.py")
+    context["body"] += f'<p class="source-line">{line}.</p>'
+
+
+def copy_modules(app, exception):
+    "Put the modules beside the notebooks that export them."
+    target = Path(app.outdir) / "_sources" / "vitplast"
+    if exception is None and app.builder.format == "html":
+        target.mkdir(parents=True, exist_ok=True)
+        for module in PACKAGE.glob("*.py"):
+            shutil.copyfile(module, target / f"{module.name}.txt")
+
+
 def setup(app):
+    app.connect("html-page-context", source_line)
+    app.connect("build-finished", copy_modules)
     app.connect("html-page-context", scripts, priority=900)
     app.connect("source-read", strip_directives)
     app.connect("doctree-read", caption_to_alt)
+    app.connect("doctree-read", output_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
