@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-long book reproduce export readme clean
+.PHONY: demo test test-long book reproduce smoke export readme clean
 
 demo: .venv/package.done
 	$(BIN)/vitplast demo $(ARGS)
@@ -15,12 +15,16 @@ test-long: .venv/dev.done
 	$(BIN)/python -m pytest $(ARGS)
 
 book: .venv/dev.done
-	$(BIN)/jupyter-book build nbs --path-output . --warningiserror --keep-going
+	$(BIN)/jupyter-book build nbs --path-output . --all --warningiserror --keep-going
 	@echo "open _build/html/index.html"
 
 reproduce: .venv/dev.done
 	$(BIN)/python tools/reproduce.py
 	$(BIN)/nbdev_clean
+
+# the same in a copy that is thrown away: every page runs, one record of each store is measured again
+smoke: .venv/dev.done
+	$(BIN)/python tools/reproduce.py --smoke
 
 # after editing a notebook: the module, clean notebooks, the generated part of the README
 export: .venv/dev.done

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
+from browser import Browser
 from test_house import ROOT, chapters
 
 
@@ -73,12 +75,48 @@ def test_formulas_have_a_local_script_that_runs_after_its_configuration(book):
     assert (book / "theory" / source).stat().st_size > 1e6 and 'class="math' in html
 
 
-@pytest.mark.long
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
-@pytest.mark.parametrize("chapter", chapters())
-def test_formulas_are_rendered_in_a_browser(book, chapter, tmp_path):
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    command = ["chromium", *flags.split(), f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom", f"file://{book}/{chapter}.html"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    formulas = (book / f"{chapter}.html").read_text().count('class="math')
-    assert dom.count("<mjx-container") == formulas and "mjx-merror" not in dom and "data-mjx-error" not in dom
+@pytest.fixture(scope="module")
+def browser():
+    if not shutil.which("chromium"):
+        pytest.skip("needs Debian's chromium")
+    with Browser() as opened:
+        yield opened
+
+
+def resolves(link, ids={}) -> bool:
+    "Whether a link leads to a file of the book, and to a place in it."
+    parts = urlsplit(link)
+    path = Path(unquote(parts.path))
+    if not parts.fragment or path.suffix != ".html":
+        return path.is_file()
+    if path not in ids:
+        ids[path] = set(re.findall(r'id="([^"]+)"', path.read_text(encoding="utf-8")))
+    return unquote(parts.fragment) in ids[path] | {"top"}
+
+
+FEW = ("index", "api", "theory/attention", "library/figures", "experiments/depth")
+
+
+@pytest.mark.parametrize("chapter", [pytest.param(c, marks=[] if c in FEW else pytest.mark.long) for c in chapters()])
+def test_a_page_in_a_browser_without_a_network(book, browser, chapter):
+    for width in (1200, 390):  # a desk and a phone
+        page = browser.open(f"file://{book}/{chapter}.html", width)
+        assert page["complaints"] == [], "a failed request, an exception or an error on the console"
+        assert page["formulas"] == page["rendered"] == (book / f"{chapter}.html").read_text(encoding="utf-8").count('class="math') and page["broken"] == 0
+        assert all(p["alt"].strip() and p["wide"] > 0 for p in page["pictures"])
+        assert page["wide"] <= width, "the page is wider than the screen"
+        inside = [u for u in page["links"] if u.startswith("file:")]
+        assert len(inside) > 40 and [u for u in inside if not resolves(u)] == []
+
+
+def test_the_search_finds_pages_without_a_network(book, browser):
+    browser.open(f"file://{book}/search.html?q=hull", wait="document.querySelectorAll('#search-results li').length > 2")
+
+
+def test_the_browser_notices_what_is_wrong(browser, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text('<title>bad</title><article><img src="nope.png"><img src="https://example.com/x.png"></article><script>console.error("boom"); nothing()</script>')
+    page = browser.open(f"file://{bad}")
+    told = " ".join(page["complaints"])
+    assert all(word in told for word in ("ERR_FILE_NOT_FOUND", "asks for https://example.com/x.png", "boom", "nothing is not defined"))
+    assert [p["wide"] for p in page["pictures"]] == [0, 0] and not resolves(f"file://{tmp_path}/none.html") and not resolves(f"file://{bad}#none")

@@ -135,3 +135,31 @@ def test_version_is_one():
 
     for file, pattern in (("settings.ini", r"^version = (.+)$"), ("CITATION.cff", r"^version: (.+)$")):
         assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1] == vitplast.__version__
+
+
+def test_the_reference_is_that_of_the_code(monkeypatch):
+    "The signatures and docstrings in the API reference, and every module that there is, are those of the package as it is now."
+    import vitplast
+
+    monkeypatch.chdir(ROOT / "nbs")
+    space = {}
+    for cell in read(ROOT / "nbs/api.ipynb")["cells"]:
+        if cell["cell_type"] == "code":
+            *body, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(body, []), "api", "exec"), space)
+            if not cell["outputs"]:
+                exec(compile(ast.Module([last], []), "api", "exec"), space)
+                continue
+            shown = eval(compile(ast.Expression(last.value), "api", "eval"), space).data
+            assert "".join(cell["outputs"][0]["data"]["text/markdown"]) == shown, "run `python tools/reproduce.py nbs/api.ipynb`"
+    assert all(f"vitplast.{p.stem}" in shown for p in (ROOT / "vitplast").glob("[a-z]*.py"))
+    assert set(space["faces"]) == set(vitplast.__all__)
+
+
+def test_the_first_page_shows_what_the_experiments_ended_with():
+    shown = json.dumps(read(ROOT / "nbs/index.ipynb")["cells"], ensure_ascii=False)
+    sentences = {p.stem: p.read_text(encoding="utf-8").strip() for p in (ROOT / "nbs/results/headlines").glob("*.txt")}
+    assert len(sentences) == 7 and all(json.dumps(s, ensure_ascii=False)[1:-1] in shown for s in sentences.values())
+    for name, sentence in sentences.items():
+        page = json.dumps([c.get("outputs") for c in read(ROOT / f"nbs/experiments/{name}.ipynb")["cells"]], ensure_ascii=False)
+        assert sentence.replace("'", "") in page.replace("\\'", "").replace("'", ""), f"{name}: the page and its headline disagree"

@@ -1,36 +1,89 @@
-"""Execute the book's notebooks top to bottom and keep their outputs; prints the seconds of each page.
+"""Execute the book's notebooks top to bottom; prints the seconds of each page.
 
-    python tools/reproduce.py [NOTEBOOK ...]        all pages of nbs/_toc.yml without arguments
+    python tools/reproduce.py [NOTEBOOK ...]    keeps their outputs; all pages of nbs/_toc.yml without arguments
+    python tools/reproduce.py --smoke           all pages in a copy that is thrown away, two at a time; of every store of
+                                                results one record is measured again, the others are found
 """
 import os
+import shutil
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import yaml
 from nbclient import NotebookClient
 
-NBS = Path(__file__).resolve().parents[1] / "nbs"
+from vitplast.store import Store, as_line
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
 
 
-def pages() -> list:
-    "Notebooks in the order of the table of contents."
-    toc = yaml.safe_load((NBS / "_toc.yml").read_text())
-    names = [toc["root"], *(c["file"] for part in toc["parts"] for c in part["chapters"])]
-    return [p for name in names if (p := NBS / f"{name}.ipynb").exists()]
+def pages(nbs=NBS) -> list:
+    "Notebooks in the order of the table of contents, but the first page last: it shows what the others found."
+    toc = yaml.safe_load((nbs / "_toc.yml").read_text())
+    names = [*(c["file"] for part in toc["parts"] for c in part["chapters"]), toc["root"]]
+    return [p for name in names if (p := nbs / f"{name}.ipynb").exists()]
 
 
-def execute(path):
-    "Run one notebook in its own folder and write it back with its outputs."
-    notebook = nbformat.read(path, as_version=4)
+def execute(path, keep=True):
+    "Run one notebook in its own folder, print its seconds, and write it back with its outputs."
+    started, notebook = time.monotonic(), nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-    nbformat.write(notebook, path)
+    if keep:
+        nbformat.write(notebook, path)
+    print(f"{time.monotonic() - started:7.1f} s  {path.parent.name}/{path.name}", flush=True)
+
+
+def forget_one(folder) -> dict:
+    "Take one record out of a compacted store; returns it by its key."
+    records = Store(folder).records()
+    gone = min(records)
+    (folder / "runs.jsonl").write_text("".join(as_line(r, k) for k, r in records.items() if k != gone))
+    return {gone: records[gone]}
+
+
+def numbers(value):
+    "All numbers in nested lists and dictionaries but those of time and memory."
+    if isinstance(value, dict):
+        for k in sorted(value.keys() - {"seconds", "peak_memory", "together"}):
+            yield from numbers(value[k])
+    elif isinstance(value, list):
+        for v in value:
+            yield from numbers(v)
+    elif isinstance(value, (int, float)):
+        yield float(value)
+
+
+def smoke():
+    "Every page in a copy of the book, which no page can tell from the real one; fails if a page does, or measures nothing."
+    with tempfile.TemporaryDirectory() as folder:
+        nbs = Path(folder) / "nbs"
+        shutil.copytree(NBS, nbs, ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints"))
+        (Path(folder) / "vitplast").symlink_to(ROOT / "vitplast")
+        stores = [f.parent for f in sorted(nbs.glob("results/*/runs.jsonl"))]
+        forgotten = {store: forget_one(store) for store in stores}
+        os.environ["OMP_NUM_THREADS"] = "1"
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda page: execute(page, keep=False), pages(nbs)))
+        for store, records in forgotten.items():
+            for name, old in records.items():
+                new = Store(store).records().get(name)
+                if new is None:
+                    raise SystemExit(f"no page has measured record {name} of {store.name} again: its key has changed, or no page reads it")
+                apart = max((abs(a - b) / max(abs(a), 1e-6) for a, b in zip(numbers(old), numbers(new))), default=0)
+                print(f"{store.name}: record {name} measured again, numbers within {apart:.1%} of the stored ones")
 
 
 if __name__ == "__main__":
+    started = time.monotonic()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:IProgress not found,ignore::FutureWarning:torch.jit._script"}
-    for page in [Path(a).resolve() for a in sys.argv[1:]] or pages():
-        started = time.monotonic()
-        execute(page)
-        print(f"{time.monotonic() - started:7.1f} s  {page.relative_to(NBS)}", flush=True)
+    if sys.argv[1:] == ["--smoke"]:
+        smoke()
+    else:
+        for page in [Path(a).resolve() for a in sys.argv[1:]] or pages():
+            execute(page)
+    print(f"{time.monotonic() - started:7.1f} s  in all")
