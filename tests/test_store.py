@@ -166,3 +166,11 @@ def test_a_record_is_computed_once(tmp_path):
 
     assert store.kept({"a": 1}, compute) == store.kept({"a": 1}, compute) == {"value": 0.5, "nothing": None}
     assert Store(tmp_path).kept({"a": 1}, compute)["value"] == 0.5 and len(calls) == 1
+
+
+def test_records_by_what_they_hold(tmp_path):
+    store = Store(tmp_path)
+    for i in range(4):
+        store.put({"i": i}, {"kind": "ab"[i % 2], "i": i, "values": [i]})
+    assert sorted(r["i"] for r in store.where(kind="a")) == [0, 2] and store.where(kind="a", i=1) == []
+    assert [r["i"] for r in store.where(values=[3])] == [3] and len(store.where()) == 4 and store.where(other=1) == []

@@ -53,11 +53,10 @@ def comparable(records) -> list:
     wanted = {setting(asdict(run)) for run in runs}
     return [r for r in records if setting(r) in wanted]
 
-# %% ../nbs/library/check.ipynb #ecd416d5
+# %% ../nbs/library/check.ipynb #6ea64ba5
 def stored_probes(store) -> pd.DataFrame:
     "The linear probes of the published setting in a store."
-    wanted = {"model": PUBLISHED_MODEL, "normalisation": "published", "probe": "test"}
-    found = [r for r in Store(store).records().values() if wanted.items() <= r.items()]
+    found = Store(store).where(model=PUBLISHED_MODEL, normalisation="published", probe="test")
     return pd.DataFrame([{"task": r["task"], "component": "linear_probe", "n_seeds": 1, "mean": r["accuracy"]} for r in found])
 
 # %% ../nbs/library/check.ipynb #d152e5f6

@@ -90,7 +90,7 @@ def checked(line, name=None) -> tuple:
         raise ValueError("its checksum does not fit")
     return stored["key"], stored["record"]
 
-# %% ../nbs/library/store.ipynb #5723de51
+# %% ../nbs/library/store.ipynb #a001e815
 class Store:
     "A folder of records; reading and writing are safe while other processes do the same."
 
@@ -161,6 +161,10 @@ class Store:
             except (ValueError, KeyError, TypeError) as error:
                 warnings.warn(f"{path}: damaged record ({error}), not used")
         return found
+
+    def where(self, **fields) -> list:
+        "The records that hold these values, in the order of their keys."
+        return [r for _, r in sorted(self.records().items()) if fields.items() <= r.items()]
 
     @contextmanager
     def claim(self, config):
