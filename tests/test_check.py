@@ -86,7 +86,8 @@ def test_only_the_published_settings_count(tmp_path):
         check(write(tmp_path / "others", [record(r, 0.5, 0.5) for r in other]))
     neutral = replace(run, config=replace(run.config, accumulate=1, bf16=False, log_every=1, watch=("LN1",)))
     assert set(NEUTRAL) == {"accumulate", "bf16", "log_every", "watch"}
-    held = check(write(tmp_path / "mixed", [record(neutral, 0.5, 0.5), record(shorter, 0.9, 0.9)]), ("validation",))
+    twice = [record(run, 0.5, 0.5), record(neutral, 0.5, 0.5)]  # one run, computed in two ways
+    held = check(write(tmp_path / "mixed", [*twice, record(shorter, 0.9, 0.9)]), ("validation",))
     (cell,) = held[held.n_seeds > 0].itertuples()
     assert (cell.task, cell.component, cell.n_seeds, cell.mean, cell.verdict) == ("pet", "MHA", 1, 0.5, "no interval")
     assert (held.verdict == "missing").sum() == 76

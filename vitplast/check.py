@@ -37,7 +37,7 @@ def published_table() -> pd.DataFrame:
     found = published_results()
     return found.pivot(index="task", columns="component", values="mean").loc[found.task.unique(), found.component.unique()]
 
-# %% ../nbs/library/check.ipynb #48112fbb
+# %% ../nbs/library/check.ipynb #12a0b4e3
 NEUTRAL = ("accumulate", "bf16", "log_every", "watch")  # settings that change how a run is computed, and not what
 
 
@@ -48,10 +48,10 @@ def setting(run) -> str:
 
 
 def comparable(records) -> list:
-    "The records whose runs are those of the published table."
+    "The records whose runs are those of the published table, each run once."
     runs = [r for r in all_runs(PRESETS["paper"]) if r.model == PUBLISHED_MODEL and r.config.optimizer == "sgd"]
     wanted = {setting(asdict(run)) for run in runs}
-    return [r for r in records if setting(r) in wanted]
+    return list({s: r for r in records if (s := setting(r)) in wanted}.values())
 
 # %% ../nbs/library/check.ipynb #6ea64ba5
 def stored_probes(store) -> pd.DataFrame:
