@@ -107,7 +107,7 @@ def test_the_command(made_up, tmp_path):
     done = CliRunner().invoke(app, ["check", str(made_up[0]), "--selection", "validation"])
     assert done.exit_code == 0 and "rates chosen on validation" in done.stdout and "rates chosen on test" not in done.stdout
     pet = next(line for line in done.stdout.splitlines() if line.startswith("pet"))
-    assert "*" in pet.split("(")[1] + pet.split("(")[2][:8] and "of 66 cells with an interval agree" in done.stdout and "10 are missing" in done.stdout
+    assert "*" in pet.split("(")[1] + pet.split("(")[2][:8] and "of 66 cells with an interval agree" in done.stdout and "10 are missing" in done.stdout and "points in the median cell" in done.stdout
     as_json = CliRunner().invoke(app, ["check", str(made_up[0]), "--json"])
     assert len(json.loads(as_json.stdout)) == 154
     for args, message in ((["--selection", "tset"], "--selection 'tset': expected one of"), (["--confidence", "2"], "--confidence 2.0")):

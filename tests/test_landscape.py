@@ -96,7 +96,9 @@ def test_a_rate_surface_is_the_rate_of_each_input(model, kind, inputs):
         assert found.new["rate"] == pytest.approx(((f(y0) - f(x0)).norm() / (y0 - x0).norm()).item(), rel=1e-4)
         assert np.hypot(found.new["a"], found.new["b"]) == pytest.approx((y0 - x0).norm().item(), rel=1e-4)
     jacobian = torch.autograd.functional.jacobian(f, x0).reshape(f(x0).numel(), x0.numel())
-    u, s, v = torch.linalg.svd(jacobian, full_matrices=False)
+    both = torch.cat([x0, y0])
+    varies = (both.amax((0, 1)) > both.amin((0, 1))).double().repeat(x0.shape[1])  # padding is held
+    u, s, v = torch.linalg.svd(jacobian * varies, full_matrices=False)
     assert found.steepest == pytest.approx(s[0].item(), rel=2e-3) and found.steepest <= s[0] * (1 + 1e-4)
     assert len(found.frame) == 16 and (np.hypot(found.frame.a, found.frame.b) > 0).all()
     if kind.startswith("FC"):
@@ -148,3 +150,19 @@ def test_what_a_rate_surface_refuses(model, change, message):
     asked["y"] = x if asked["y"] is None else asked["y"]
     with pytest.raises(ValueError, match=message):
         rate_surface(model, **asked)
+
+
+def test_the_padding_of_an_embedding_input_is_held(model):
+    x, y = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    found = rate_surface(model, x, y, "FC2", 0, "embedding", size=2, iterations=2000)
+    weight = model.blocks[0].mlp.fc2.weight.detach().double()
+    reached = torch.linalg.matrix_norm(weight[:, :24], 2).item()  # of 96 columns, those that an image can reach
+    assert found.steepest == pytest.approx(reached, rel=1e-3) and reached < 0.99 * torch.linalg.matrix_norm(weight, 2).item()
+
+
+def test_a_diverging_trajectory_is_named(model, task):
+    with pytest.raises(ValueError, match="lr=1e[+]30: the trajectory diverged, expected a smaller rate"):
+        loss_surface(model, task, "FC1", config=FinetuneConfig(lr=1e30, steps=6, batch_size=8), size=2, n_images=4)
+    x, y = torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match="iterations=0: expected a positive integer"):
+        rate_surface(model, x, y, "FC1", iterations=0)

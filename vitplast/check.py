@@ -53,11 +53,11 @@ def comparable(records) -> list:
     wanted = {setting(asdict(run)) for run in runs}
     return list({s: r for r in records if (s := setting(r)) in wanted}.values())
 
-# %% ../nbs/library/check.ipynb #6ea64ba5
+# %% ../nbs/library/check.ipynb #4e4f4e8d
 def stored_probes(store) -> pd.DataFrame:
-    "The linear probes of the published setting in a store."
-    found = Store(store).where(model=PUBLISHED_MODEL, normalisation="published", probe="test")
-    return pd.DataFrame([{"task": r["task"], "component": "linear_probe", "n_seeds": 1, "mean": r["accuracy"]} for r in found])
+    "The linear probes of the published setting in a store, one per task."
+    found = {r["task"]: r["accuracy"] for r in Store(store).where(model=PUBLISHED_MODEL, normalisation="published", probe="test")}
+    return pd.DataFrame([{"task": task, "component": "linear_probe", "n_seeds": 1, "mean": accuracy} for task, accuracy in found.items()])
 
 # %% ../nbs/library/check.ipynb #d152e5f6
 def welch(mean, std, n, other_mean, other_std, other_n, confidence=0.95) -> tuple:
@@ -72,15 +72,16 @@ def welch(mean, std, n, other_mean, other_std, other_n, confidence=0.95) -> tupl
     half = stats.t.ppf((1 + confidence) / 2, freedom) * error
     return difference - half, difference + half, 2 * stats.t.sf(abs(difference) / error, freedom)
 
-# %% ../nbs/library/check.ipynb #b821aa42
+# %% ../nbs/library/check.ipynb #665901e7
 def check(store, selections=SELECTIONS, confidence=0.95) -> pd.DataFrame:
     """Hold the runs of a store against the published table: one row per selection, task and component.
 
     Columns: selection, task, component, lr, n_seeds, mean, std, published, published_std, difference, ci_low, ci_high, p,
     p_corrected, verdict: "agrees" (the interval of the difference contains 0), "differs", "no interval" (fewer than two
-    seeds; the linear probe has none) or "missing".
+    seeds; the linear probe has none) or "missing". Agreement is weak where intervals are wide, as with few seeds. A run
+    that the store holds of several versions of the code counts once.
     Raises FileNotFoundError without a store, ValueError if it holds no run of the published settings.
-    Source: Odonnat et al. 2026; the interval is Welch's, three seeds on their side.
+    Source: Odonnat et al. 2026; the interval is Welch's, three seeds on their side, whose std is taken for the sample's.
     """
     if not Path(store).is_dir():
         raise FileNotFoundError(f"{Path(store)}: no such store, expected the folder of a sweep")
@@ -106,7 +107,7 @@ def check(store, selections=SELECTIONS, confidence=0.95) -> pd.DataFrame:
     columns = ["selection", "task", "component", "lr", "n_seeds", "mean", "std", "published", "published_std", "difference", "ci_low", "ci_high", "p", "p_corrected", "verdict"]
     return pd.concat(frames, ignore_index=True)[columns]
 
-# %% ../nbs/library/check.ipynb #2fba74fe
+# %% ../nbs/library/check.ipynb #97b12ced
 def check_text(held, confidence=0.95) -> str:
     "The frame of `check` as text for a terminal."
     lines = []
@@ -116,9 +117,10 @@ def check_text(held, confidence=0.95) -> str:
         table = rows.assign(cell=cells).pivot(index="task", columns="component", values="cell").loc[rows.task.unique(), rows.component.unique()]
         lines += [f"rates chosen on {selection}: test accuracy (%), difference from the published one; * its {confidence:.0%} interval leaves out 0", "", table.to_string(), ""]
         differing, clear = (known.verdict == "differs").sum(), (known.p_corrected < 1 - confidence).sum()
-        expected = (1 - confidence) * len(known)
+        expected, half = (1 - confidence) * len(known), 50 * (known.ci_high - known.ci_low).median()
         lines += [
             f"{len(known) - differing} of {len(known)} cells with an interval agree; {differing} differ, where chance alone gives about {expected:.1f}; "
-            f"{clear} differ after correction for {len(known)} cells; {(rows.verdict == 'missing').sum()} are missing", "",
+            f"{clear} differ after correction for {len(known)} cells; {(rows.verdict == 'missing').sum()} are missing; "
+            f"half of an interval is {half:.1f} points in the median cell", "",
         ]  # fmt: skip
     return "\n".join(lines).strip()

@@ -204,7 +204,7 @@ def training_curves(histories):
     axes[2].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-# %% ../nbs/library/figures.ipynb #31aa5495
+# %% ../nbs/library/figures.ipynb #c50c7ee5
 def alike(ranks, width) -> list:
     "The largest runs (first, last) of sorted ranks that lie within `width`, of more than one rank each."
     reach = [(i, max(j for j, r in enumerate(ranks) if r - ranks[i] <= width)) for i in range(len(ranks))]
@@ -223,7 +223,7 @@ def mean_ranks(found):
             ax.annotate(name, (rank, 0), (0, 19 if crowded else 8), textcoords="offset points", ha="center", fontsize=9)
         for level, (i, j) in enumerate(alike(f.ranks.tolist(), f.critical_difference), 1):
             ax.plot(f.ranks.iloc[[i, j]], [-level, -level], color="black", linewidth=3, solid_capstyle="butt")
-        ax.set(ylim=(-3.5, 3.2), yticks=[], xlabel="mean rank" if ax is axes[-1, 0] else "", title=f"{title}: {f.n_tasks} tasks, p = {f.p:.2g}, critical difference {f.critical_difference:.2f}")
+        ax.set(ylim=(-max(3.5, 1 + len(f.ranks) / 2), 3.2), yticks=[], xlabel="mean rank" if ax is axes[-1, 0] else "", title=f"{title}: {f.n_tasks} tasks, p = {f.p:.2g}, critical difference {f.critical_difference:.2f}")
         ax.spines["left"].set_visible(False)
     return figure
 

@@ -62,7 +62,7 @@ def best_plane(path) -> tuple:
     directions = directions[:2].to(path)
     return mean, directions, (path - mean) @ directions.T, scales[:2].square() / scales.square().sum()
 
-# %% ../nbs/library/landscape.ipynb #6c015b2c
+# %% ../nbs/library/landscape.ipynb #0f032124
 class LossSurface(NamedTuple):
     "The loss on the plane of a trajectory."
 
@@ -74,7 +74,7 @@ class LossSurface(NamedTuple):
 def axis(values, size, margin=0.35) -> torch.Tensor:
     "`size` points from below the smallest of some values to above the largest."
     low, high = values.min(), values.max()
-    room = margin * max(high - low, torch.finfo(values.dtype).tiny)
+    room = margin * max(high - low, 1e-6 * max(1, abs(low), abs(high)))
     return torch.linspace(float(low - room), float(high + room), size, dtype=values.dtype, device=values.device)
 
 
@@ -88,7 +88,8 @@ def loss_surface(model, task, kind, block=None, config=None, size=20, n_images=2
     """Training loss on the plane that lies closest to a short SGD trajectory of one component.
 
     model: with a head trained on the task (`finetune(model, task, "head").model`); it is left alone. kind, block: one
-    of KINDS, in all blocks (None) or in one. config: of the trajectory, by default 60 steps at the rate 0.03.
+    of KINDS, in all blocks (None) or in one. config: of the trajectory, by default 60 steps at the rate 0.03; what concerns the
+    optimiser, the schedule, the batches and the seed counts.
     size: points along each axis; n_images: training images, not augmented, that the loss is the mean over.
     Raises ValueError for an unknown kind or block, a grid or sample too small, or a head of other classes than the task's.
     Source: the directions are those of Li et al. 2018.
@@ -105,6 +106,8 @@ def loss_surface(model, task, kind, block=None, config=None, size=20, n_images=2
         raise ValueError(f"the head has {n_classes} classes: expected {task.n_classes}, trained on {task.name} before")
     training = trainable(model, chosen, head=False)
     path = trajectory(model, task, training, config)
+    if not path.isfinite().all():
+        raise ValueError(f"lr={config.lr}: the trajectory diverged, expected a smaller rate")
     mean, (u, v), coordinates, shares = best_plane(path)
     rows = torch.arange(len(task.train))[:: max(1, len(task.train) // n_images)][:n_images]
     split, whole = Split(task.still(rows), task.train.labels[rows]), Whole(model)
@@ -118,7 +121,7 @@ def loss_surface(model, task, kind, block=None, config=None, size=20, n_images=2
     steps = pd.DataFrame({"step": range(len(path)), "a": coordinates[:, 0].tolist(), "b": coordinates[:, 1].tolist(), "loss": torch.cat(along).tolist()})
     return LossSurface(pd.concat(frames, ignore_index=True), steps, tuple(shares.tolist()))
 
-# %% ../nbs/library/landscape.ipynb #e36d75fd
+# %% ../nbs/library/landscape.ipynb #8af75261
 class RateSurface(NamedTuple):
     "The rate of change of a component around an input."
 
@@ -134,6 +137,7 @@ def rate_surface(model, x, y, kind, block=0, inputs="native", size=20, reach=1.2
     x, y: one normalised image each (C, H, W), the input and the new image; block: of the component; inputs: "native" or
     "embedding". size: points along each axis, even, so that none is the input itself; reach: half a side of the square,
     in distances of the new image. iterations: of power iteration, at most; seed: of its start.
+    Coordinates that no token varies in (the padding of FC2's embedding inputs) are held.
     Raises ValueError for an unknown kind or block, an odd size, or images that are one and the same at the component.
     Source: Odonnat et al. 2026, who take the gradient of |f| for the direction; ours is the most sensitive one.
     """
@@ -142,6 +146,8 @@ def rate_surface(model, x, y, kind, block=0, inputs="native", size=20, reach=1.2
         raise ValueError("block=None: expected one block, a surface is around one input")
     if not (isinstance(size, int) and size >= 2 and size % 2 == 0):
         raise ValueError(f"size={size!r}: expected an even number of at least 2, an odd one has a point at the input itself")
+    if not (isinstance(iterations, int) and iterations > 0):
+        raise ValueError(f"iterations={iterations!r}: expected a positive integer")
     (component,), received = pieces_of(model, kind, block), {}
     parts = anatomy(model)
     images = torch.stack([x, y])
@@ -153,7 +159,7 @@ def rate_surface(model, x, y, kind, block=0, inputs="native", size=20, reach=1.2
         if not apart.any():
             raise ValueError(f"the two images are one and the same at {component}: expected different ones")
         start = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(x0.device)
-        steepest, u, residual = power_iteration(f, x0, start, 1.0, iterations)
+        steepest, u, residual = power_iteration(f, x0, start, (tokens.amax((0, 1)) > tokens.amin((0, 1))).double(), iterations)
         rest = apart - (apart * u).sum() * u
         v = rest / norm_of(rest)
         grid = torch.linspace(-1, 1, size, dtype=x0.dtype, device=x0.device) * reach * norm_of(apart).item()
