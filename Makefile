@@ -9,7 +9,7 @@ demo: .venv/package.done
 	$(BIN)/vitplast demo $(ARGS)
 
 test: .venv/dev.done
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile $(ARGS)
 
 test-long: .venv/dev.done
 	$(BIN)/python -m pytest $(ARGS)
@@ -28,6 +28,7 @@ smoke: .venv/dev.done
 
 # after editing a notebook: the module, clean notebooks, the generated part of the README
 export: .venv/dev.done
+	$(BIN)/ruff format --quiet
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 

@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")
@@ -17,8 +17,8 @@ setup(
     author=cfg["author"],
     license="MIT",
     keywords=cfg["keywords"],
-    packages=[cfg["lib_name"]],
-    package_data={cfg["lib_name"]: ["data/*"]},
+    packages=find_packages(include=[f"{cfg['lib_name']}*"]),
+    package_data={cfg["lib_name"]: ["models/shipped/*", "runs/*.csv"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("text", "ray", "dev")},

@@ -14,7 +14,7 @@ import timm
 import torch
 
 import vitplast as vp
-from vitplast.components import Attention, Linear, components
+from vitplast.models import Attention, Linear, components
 
 MODELS = {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224", "huge": "vit_huge_patch14_224"}
 RADIUS, IMAGES = 28.0, 4

@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 
 import vitplast as vp
-from vitplast.batched import finetune_many, memory_per_run
 from vitplast.data import Split
-from vitplast.executors import choose, cores, one_thread
-from vitplast.finetune import image_order, new_head, warmup_cosine
-from vitplast.grid import Grid
 from vitplast.models import prepare
-from vitplast.sweep import sweep
+from vitplast.runs import Grid, choose, cores, one_thread, sweep
+from vitplast.training import (
+    finetune_many, image_order, memory_per_run, new_head, warmup_cosine,
+)
 
 
 def few(split) -> Split:

@@ -3,8 +3,8 @@ import time
 
 import torch
 
-from vitplast.images import FormulaConfig, FormulaImages
-from vitplast.pretrain import hardware
+from vitplast.data import FormulaConfig, FormulaImages
+from vitplast.training import hardware
 
 
 def rate(size, device, batch, seconds=5.0) -> float:

@@ -18,8 +18,8 @@ import torch
 
 import vitplast as vp
 from bounds import MODELS, random_model
-from vitplast.components import anatomy, evaluating
-from vitplast.fast import make_plan
+from vitplast.models import anatomy, evaluating
+from vitplast.theory import make_plan
 
 WAYS = {
     "embedding, shared": dict(inputs="embedding", fast=True),

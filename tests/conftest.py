@@ -11,8 +11,9 @@ from vitplast.data import Split, Task
 
 torch.set_num_threads(1)
 WORST = {}  # component -> largest measured / bound that the tests of the theory have seen
-_cache = tempfile.TemporaryDirectory()  # removed at the end of the session
-os.environ["VITPLAST_CACHE"] = _cache.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the tasks of the process that started them
+    _cache = tempfile.TemporaryDirectory()  # removed at the end of the session
+    os.environ["VITPLAST_CACHE"] = _cache.name
 
 
 def tiny_vit(seed=0, **kwargs) -> VisionTransformer:

@@ -94,7 +94,7 @@ def resolves(link, ids={}) -> bool:
     return unquote(parts.fragment) in ids[path] | {"top"}
 
 
-FEW = ("index", "api", "theory/attention", "library/figures", "experiments/depth")
+FEW = ("index", "api", "theory/attention", "showing/figures", "experiments/depth")
 
 
 @pytest.mark.parametrize("chapter", [pytest.param(c, marks=[] if c in FEW else pytest.mark.long) for c in chapters()])

@@ -19,6 +19,10 @@ def test_the_wheel_runs_the_demonstration_in_a_clean_environment(tmp_path):
     subprocess.run([python, *pip, "install", wheel], check=True)
     installed = json.loads(subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True, text=True).stdout)
     assert not {p["name"].lower() for p in installed} & {"nbdev", "jupyter-book", "ray", "transformers", "peft", "pytest"}
+    every = "import pkgutil, importlib, vitplast\nfor m in pkgutil.walk_packages(vitplast.__path__, 'vitplast.'):\n    m.name.endswith('huggingface') or print(importlib.import_module(m.name).__name__)"
+    rooms = subprocess.run([python, "-W", "ignore", "-c", every], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split()
+    here = {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in (ROOT / "vitplast").rglob("*.py")}
+    assert here - {"vitplast", "vitplast.models.huggingface"} == set(rooms)
     done = subprocess.run([python.with_name("vitplast"), "demo", "--json", "--out", "out"], cwd=tmp_path, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert found["facts"]["versions"]["vitplast"] == vitplast.__version__ and len(found["components"]) == 7

@@ -3,10 +3,10 @@ import re
 import sys
 from pathlib import Path
 
-from vitplast.figures import against_accuracy, as_svg
-from vitplast.report import display_frame, findings, text_table
-from vitplast.store import replacing
-from vitplast.study import Study, summary
+from vitplast.files import replacing
+from vitplast.showing import (
+    Study, against_accuracy, as_svg, display_frame, findings, summary, text_table,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "nbs" / "results" / "demo"

@@ -16,7 +16,7 @@ import nbformat
 import yaml
 from nbclient import NotebookClient
 
-from vitplast.store import Store, as_line
+from vitplast.runs import Store, as_line
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"

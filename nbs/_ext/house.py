@@ -1,4 +1,5 @@
 """Sphinx extension of the book: pages without nbdev's directives, and figures whose caption is their alternative text."""
+
 import json
 import re
 import shutil
@@ -8,7 +9,9 @@ from docutils import nodes
 
 PACKAGE = Path(__file__).resolve().parents[2] / "vitplast"
 
-DIRECTIVE = re.compile(r"^#\| .*\n?", re.MULTILINE)  # `#| export` and the like, for nbdev and not for readers
+DIRECTIVE = re.compile(
+    r"^#\| .*\n?", re.MULTILINE
+)  # `#| export` and the like, for nbdev and not for readers
 
 
 def strip_directives(app, docname, source):
@@ -19,7 +22,11 @@ def strip_directives(app, docname, source):
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["source"] = DIRECTIVE.sub("", "".join(cell["source"]))
-    notebook["cells"] = [c for c in notebook["cells"] if c["cell_type"] != "code" or c["source"].strip()]
+    notebook["cells"] = [
+        c
+        for c in notebook["cells"]
+        if c["cell_type"] != "code" or c["source"].strip()
+    ]
     source[0] = json.dumps(notebook)
 
 
@@ -32,8 +39,17 @@ def caption_to_alt(app, doctree):
         if cell.parent is None or image.get("alt", "").strip():
             continue
         after = cell.parent[cell.parent.index(cell) + 1 :][:1]
-        caption = after and isinstance(after[0], nodes.paragraph) and len(after[0]) == 1 and isinstance(after[0][0], nodes.emphasis)
-        image["alt"] = after[0].astext() if caption else "Figure; the text above says what it shows."
+        caption = (
+            after
+            and isinstance(after[0], nodes.paragraph)
+            and len(after[0]) == 1
+            and isinstance(after[0][0], nodes.emphasis)
+        )
+        image["alt"] = (
+            after[0].astext()
+            if caption
+            else "Figure; the text above says what it shows."
+        )
 
 
 def output_links(app, doctree):
@@ -47,9 +63,19 @@ def output_links(app, doctree):
 def scripts(app, pagename, templatename, context, doctree):
     """Drop thebe, which names a server of others; of the two MathJax that are asked for keep the deferred one,
     which runs after its configuration."""
-    files = [f for f in context.get("script_files", []) if "thebe" not in f"{f} {getattr(f, 'attributes', '')}".lower()]
-    deferred = {f.filename for f in files if "defer" in getattr(f, "attributes", {})}
-    context["script_files"] = [f for f in files if getattr(f, "filename", None) not in deferred or "defer" in f.attributes]
+    files = [
+        f
+        for f in context.get("script_files", [])
+        if "thebe" not in f"{f} {getattr(f, 'attributes', '')}".lower()
+    ]
+    deferred = {
+        f.filename for f in files if "defer" in getattr(f, "attributes", {})
+    }
+    context["script_files"] = [
+        f
+        for f in files
+        if getattr(f, "filename", None) not in deferred or "defer" in f.attributes
+    ]
 
 
 def source_line(app, pagename, templatename, context, doctree):
@@ -57,10 +83,16 @@ def source_line(app, pagename, templatename, context, doctree):
     notebook = Path(app.srcdir) / f"{pagename}.ipynb"
     if not notebook.exists():
         return
-    link = lambda path, text: f'<a href="{context["pathto"](f"_sources/{path}", 1)}" download>{text}</a>'
-    line = "This page is the notebook " + link(f"{pagename}.ipynb", f"nbs/{pagename}.ipynb")
-    if (PACKAGE / f"{notebook.stem}.py").exists():
-        line += ", which exports " + link(f"vitplast/{notebook.stem}.py.txt", f"vitplast/{notebook.stem}.py")
+    link = lambda path, text: (
+        f'<a href="{context["pathto"](f"_sources/{path}", 1)}" download>{text}</a>'
+    )
+    line = "This page is the notebook " + link(
+        f"{pagename}.ipynb", f"nbs/{pagename}.ipynb"
+    )
+    if (PACKAGE / f"{pagename}.py").exists():
+        line += ", which exports " + link(
+            f"vitplast/{pagename}.py.txt", f"vitplast/{pagename}.py"
+        )
     context["body"] += f'<p class="source-line">{line}.</p>'
 
 
@@ -68,9 +100,10 @@ def copy_modules(app, exception):
     "Put the modules beside the notebooks that export them."
     target = Path(app.outdir) / "_sources" / "vitplast"
     if exception is None and app.builder.format == "html":
-        target.mkdir(parents=True, exist_ok=True)
-        for module in PACKAGE.glob("*.py"):
-            shutil.copyfile(module, target / f"{module.name}.txt")
+        for module in PACKAGE.rglob("*.py"):
+            copy = target / f"{module.relative_to(PACKAGE)}.txt"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(module, copy)
 
 
 def setup(app):

@@ -1,0 +1,17 @@
+"""Pictures, and what is asked about them.
+
+`task` gives a classification task by name or from a folder of class folders, `tasks` a whole suite; pictures are drawn by
+formulas or read from files, split without leaks and decoded once. `measure` holds two names of pictures against each other."""
+
+from vitplast._door import door
+
+__all__ = door(
+    __name__,
+    formula="FormulaConfig FormulaImages",
+    reading="PICTURES_VERSION RandomCrops Split Task decode folder_contents",
+    corruptions="CORRUPTIONS corrupt",
+    offline="OFFLINE",
+    published="PAPER PUBLISHED_NORMALISATION",
+    tasks="SUITES check_fit pretraining_images suite_of task tasks",
+    measuring="DISTRIBUTIONS FORMULA measure named_images",
+)

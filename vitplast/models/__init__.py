@@ -1,0 +1,20 @@
+"""A network, taken apart.
+
+The only room that knows an architecture's attribute names. `load` gives a model by name or from a file, `anatomy` and
+`components` say which modules are its norms, its attention and its linear layers, whatever library it comes from, and
+`prepare` turns pictures into what it was pretrained on. An architecture is added as one function in one file."""
+
+from vitplast._door import door
+
+__all__ = door(
+    __name__,
+    components=(
+        "Anatomy Attention Component INPUTS KINDS Linear Norm anatomy components "
+        "evaluating first fit forward_mode visit visit_tokens watching"
+    ),
+    selection="CHOICES Selection chosen_places needs_model read_selection",
+    loading=(
+        "EXTENSION HEADER SHIPPED ViTConfig build card load prepare read save shipped "
+        "skeleton"
+    ),
+)

@@ -1,0 +1,25 @@
+"""Many runs, kept.
+
+A `Grid` says which runs a comparison consists of, `sweep` computes those that its `Store` does not hold, on this machine or
+many, and the statistics turn the frame of runs into statements with intervals. `check` holds a store against the paper."""
+
+from vitplast._door import door
+
+__all__ = door(
+    __name__,
+    store="Store as_line",
+    grid=(
+        "FURTHER Grid PRESETS RunConfig all_runs model_contents read_grids "
+        "task_contents"
+    ),
+    executors="EXECUTORS choose cores materials one_thread versions",
+    sweep=(
+        "curve_frame extended_arms in_words other_versions probe_frame run_frame "
+        "seconds_left size_of stored_runs sweep"
+    ),
+    check="PUBLISHED_SEEDS check check_text published_results published_table welch",
+    stats=(
+        "SELECTIONS accuracy_table best_rates chosen compare corrected friedman "
+        "on_edge rank_correlation rate_gaps relative_gain summarise"
+    ),
+)

@@ -1,0 +1,17 @@
+"""What a person looks at.
+
+Every figure takes a frame; one style, one palette, the same colour for a component everywhere. `study` asks the whole
+question of one model and one task, and the report puts what it found on one page."""
+
+from vitplast._door import door
+
+__all__ = door(
+    __name__,
+    figures=(
+        "COLOURS KIND_LINES MARKERS THEORY_ORDER against_accuracy as_svg "
+        "contact_sheet depth_lines differences draw_boxes draw_loss draw_rate "
+        "image_rows keep_headline mean_ranks measurement panels training_curves"
+    ),
+    study="Study StudyConfig study summary",
+    report="FOOTNOTE difference_noise display_frame findings report_html text_table",
+)

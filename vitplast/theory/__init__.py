@@ -1,0 +1,17 @@
+"""What plasticity is, how large it can be, and what it says about gradients.
+
+`plasticity` measures it between two sets of inputs, `bounds` says what no pair can exceed, `lipschitz` searches for the
+worst pair from below, and `gradient_bounds` carries the bounds over to gradients. Every chapter derives what it computes."""
+
+from vitplast._door import door
+
+__all__ = door(
+    __name__,
+    plasticity="MEASURING_VERSION plasticity",
+    norms="norm_bound",
+    linear="linear_bound",
+    bounds="KINDS_OF_BOUND bounds",
+    lipschitz="in_double lipschitz power_iteration norm_of",
+    gradients="gradient_bounds",
+    fast="make_plan",
+)

@@ -1,0 +1,19 @@
+"""What is trained, how, and what comes out.
+
+`trainable` freezes everything but a selection, `finetune` trains it with a head, `finetune_many` several rates and seeds
+at once; `linear_probe` is the zero point. `pretrain` makes the shipped models, and the landscapes look around a training."""
+
+from vitplast._door import door
+
+__all__ = door(
+    __name__,
+    freezing="trainable training_mode",
+    finetune=(
+        "FinetuneConfig Run TRAINING_VERSION finetune image_order new_head precision "
+        "warmup_cosine"
+    ),
+    batched="finetune_many group_key memory_per_run runs_that_fit",
+    probe="PROBE_VERSION fit_head linear_probe",
+    pretrain="PretrainConfig SIZES hardware pretrain publish",
+    landscape="LANDSCAPE_VERSION loss_surface rate_surface",
+)
