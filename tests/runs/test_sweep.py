@@ -208,7 +208,7 @@ def test_a_rate_that_diverges_is_recorded_and_ranked_last(tmp_path):
 
 def test_a_run_that_raises_is_noted_and_the_others_go_on(tmp_path, monkeypatch, undisturbed):
     def broken(model, task, what, config, **kwargs):
-        if (what, config.seed) == (["MHA"], 1):
+        if (what, config.seed) == ("MHA", 1):
             raise RuntimeError("the image of a cat")
         return vp.finetune(model, task, what, config, **kwargs)
 

@@ -260,7 +260,9 @@ def other_versions(store) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is damaged is named where it is read
         found = Store(store).records().values()
-    return sum("history" in r and r.get("training") != TRAINING_VERSION for r in found)
+    return sum(
+        "history" in r and r.get("training") != TRAINING_VERSION for r in found
+    )
 
 
 def sweep(

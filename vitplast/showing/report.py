@@ -302,7 +302,8 @@ def report_html(s: Study) -> str:
 <h2>The images</h2>{pictures}
 <h2>How this was made</h2>
 <p class="soft">{html.escape(grid)}, on {html.escape(f["hardware"])}. The
-learning rate and the step are chosen on validation, the test images are read once per run.
+learning rate and the step are chosen on validation, the test images are read once
+per run.
 {html.escape(versions)}.</p>
 </body></html>
 """
