@@ -136,7 +136,7 @@ def test_gradients_stay_below_their_bounds(name):
     assert (frame.gradient <= frame.bound).all() and (frame.gradient > 0).all()
 
 
-@pytest.mark.parametrize("name", set(BUILD) - set(HEADED))
+@pytest.mark.parametrize("name", [name for name in BUILD if name not in HEADED])
 def test_a_model_without_a_head_says_so(name):
     with pytest.raises(TypeError, match="has no classification head: expected a (ViTForImage|GPT2ForSequence)Classification"):
         anatomy(build(name)).reset_head(3)
