@@ -11,17 +11,31 @@ from tornado.websocket import websocket_connect
 
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    " --remote-debugging-port=0 --proxy-server=127.0.0.1:1 --window-size=1200,900"
+    " --remote-debugging-port=0 --proxy-server=127.0.0.1:1 --window-size=1300,900"
 ).split()
+# what does not fit: `scrolls` if the reader can scroll it into view within its own box, `cut` if not at all
 SHOWN = """(async () => {
   if (window.MathJax) await MathJax.startup.promise;
+  const article = document.querySelector("article"), scrolls = [], cut = [];
+  for (const e of article ? article.querySelectorAll("pre, table, img, mjx-container") : []) {
+    const own = e.getBoundingClientRect(), inline = e.tagName === "MJX-CONTAINER" && !e.hasAttribute("display");
+    const right = inline ? own.right : Math.max(own.right, own.left + e.scrollWidth);
+    if (!own.width || e.tagName === "PRE" && !e.innerText) continue;  // folded
+    let hidden = false, reached = false;
+    for (let box = e; box !== article.parentElement && !reached; box = box.parentElement) {
+      const style = getComputedStyle(box), edge = box.getBoundingClientRect().right;
+      if (right > edge + 1 && style.overflowX !== "visible") { hidden = true; reached = ["auto", "scroll"].includes(style.overflowX); }
+    }
+    const beyond = right > article.getBoundingClientRect().right + 1;
+    if (hidden || beyond) (reached ? scrolls : cut).push(e.tagName + " " + (e.alt || e.innerText || "").slice(0, 60) + ` (by ${Math.round(right - article.getBoundingClientRect().right)})`);
+  }
   return JSON.stringify({
     formulas: document.querySelectorAll(".math").length,
     rendered: document.querySelectorAll(".math mjx-container").length,
     broken: document.querySelectorAll("mjx-merror, [data-mjx-error]").length,
     pictures: [...document.querySelectorAll("article img")].map(i => ({src: i.src.slice(0, 80), alt: i.alt, wide: i.naturalWidth})),
     links: [...document.querySelectorAll("a[href]")].map(a => a.href),
-    wide: document.documentElement.scrollWidth,
+    wide: document.documentElement.scrollWidth, scrolls, cut,
   });
 })()"""
 
@@ -63,7 +77,7 @@ class Browser:
 
         return self.loop.run_sync(answered, timeout=120)
 
-    def open(self, url, width=1200, wait="true") -> dict:
+    def open(self, url, width=1300, wait="true") -> dict:
         """What a page shows once its formulas are rendered and a condition holds, and the `complaints` on the way: failed
         requests, exceptions, errors."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]

@@ -44,13 +44,18 @@ def test_a_notebook_exports_to_the_module_of_its_name():
         if found := re.search(r"^#\| default_exp ([\w.]+)", source, re.MULTILINE):
             exporting[found[1].replace(".", "/")] = path
     assert set(exporting) == modules and all(path == ROOT / f"nbs/{name}.ipynb" for name, path in exporting.items())
-    assert [str(p) for p in MODULES if len(p.read_text().splitlines()) > 640] == [], "that is two concepts"
+    assert [str(p) for p in MODULES if len(p.read_text().splitlines()) > (640 if p.stem == "cli" else 480)] == [], "that is two concepts"
 
 
 def test_code_fits_the_column():
     "The book shows 84 characters of a line of code; `make export` formats to that."
     wide = [(str(p.relative_to(ROOT)), line) for p in NOTEBOOKS for c in read(p)["cells"] if c["cell_type"] == "code" for line in "".join(c["source"]).splitlines() if len(line) > 84 and not line.startswith("#|")]
     assert wide == []
+
+
+def test_nothing_is_imported_in_vain_or_missing():
+    done = subprocess.run([Path(sys.executable).with_name("ruff"), "check", "--isolated", "--select", "F", "--extend-exclude", "_modidx.py", "vitplast", "tests", "tools"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS])

@@ -12,8 +12,9 @@ from torchvision.transforms.v2 import functional as tv
 import vitplast as vp
 from vitplast.data import reading
 from vitplast.data import RandomCrops, decode
+from vitplast.data.folders import folder_task
 from vitplast.data.reading import (
-    cached, crop, folder_task, read_image, split_indices, write_split,
+    cached, crop, read_image, split_indices, write_split,
 )
 from vitplast.training import FinetuneConfig
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from vitplast.cli import app
 from vitplast.files import key
 from vitplast.runs import (
-    PRESETS, Store, all_runs, as_line, check, published_results, published_table,
+    PRESETS, all_runs, as_line, check, published_results, published_table,
     welch,
 )
 from vitplast.runs.check import NEUTRAL, PUBLISHED_MODEL

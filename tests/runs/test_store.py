@@ -1,5 +1,4 @@
 """Records are whole or not there: killed writers, two writers, a full disk, damage."""
-import hashlib
 import json
 import math
 import os

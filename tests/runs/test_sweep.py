@@ -22,7 +22,8 @@ from vitplast.runs import (
     seconds_left, size_of, stored_runs, sweep,
 )
 from vitplast.runs import executors
-from vitplast.runs.sweep import Sweep, arithmetic
+from vitplast.runs.estimates import arithmetic
+from vitplast.runs.sweep import Sweep
 
 CONFIG = vp.FinetuneConfig(steps=3, eval_every=2, batch_size=8)
 GRID = Grid(("digits",), models=("formula-vit-tiny",), selections=("LN1", "MHA"), lrs=(0.03, 0.3), seeds=(0, 1), config=CONFIG)

@@ -8,7 +8,8 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     formula="FormulaConfig FormulaImages",
-    reading="PICTURES_VERSION RandomCrops Split Task decode folder_contents",
+    reading="PICTURES_VERSION RandomCrops Split Task decode",
+    folders="folder_contents",
     corruptions="CORRUPTIONS corrupt",
     offline="OFFLINE",
     published="PAPER PUBLISHED_NORMALISATION",

@@ -21,15 +21,14 @@ from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
 from .corruptions import CORRUPTIONS
+from .folders import class_folders, is_image
 from vitplast.data.reading import (
     CENTRE,
     PICTURES_VERSION,
     SPLITS,
     Task,
     cached,
-    class_folders,
     decode,
-    is_image,
     split_indices,
     write_split,
 )

@@ -14,7 +14,8 @@ import torch
 from .formula import FormulaConfig, FormulaImages
 from .offline import OFFLINE, offline_task, to_bytes
 from .published import PAPER, published_task
-from .reading import Task, folder_task
+from .folders import folder_task
+from .reading import Task
 from ..models import anatomy
 
 # %% ../../nbs/data/tasks.ipynb #8f39695b

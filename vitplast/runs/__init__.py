@@ -14,9 +14,10 @@ __all__ = door(
     ),
     executors="EXECUTORS choose cores materials one_thread versions",
     sweep=(
-        "curve_frame extended_arms in_words other_versions probe_frame run_frame "
-        "seconds_left size_of stored_runs sweep"
+        "curve_frame extended_arms other_versions probe_frame run_frame stored_runs "
+        "sweep"
     ),
+    estimates="in_words seconds_left size_of",
     check="PUBLISHED_SEEDS check check_text published_results published_table welch",
     stats=(
         "SELECTIONS accuracy_table best_rates chosen compare corrected friedman "

@@ -10,7 +10,7 @@ __all__ = ['NORMALISATIONS', 'FURTHER', 'CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMA
 
 # %% ../../nbs/runs/grid.ipynb #546d2379
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -24,9 +24,8 @@ from vitplast.data import (
     SUITES,
     folder_contents,
     suite_of,
-    task,
 )
-from ..files import check_name, fingerprint, key, settings
+from ..files import check_name, fingerprint, settings
 from vitplast.models import (
     CHOICES,
     EXTENSION,

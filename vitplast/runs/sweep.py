@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIES', 'as_units', 'Sweep', 'drive', 'extended_arms', 'other_versions', 'sweep', 'of_record', 'run_frame',
-           'curve_frame', 'stored_runs', 'probe_frame', 'arithmetic', 'size_of', 'timed_step', 'seconds_left',
-           'in_words']
+           'curve_frame', 'stored_runs', 'probe_frame']
 
 # %% ../../nbs/runs/sweep.ipynb #1fe59bf5
 import time
@@ -14,23 +13,18 @@ from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-import timm
-import torch
 from tqdm.auto import tqdm
 
 from ..data import folder_contents
 from ..files import restored
-from ..models import anatomy, load, skeleton
 from vitplast.runs.executors import (
     Processes,
     choose,
     compute,
     materials,
-    one_thread,
 )
 from .grid import Grid, all_runs, further_rate, next_rate, several
 from .stats import best_rates, on_edge
@@ -41,7 +35,6 @@ from vitplast.training import (
     FinetuneConfig,
     group_key,
     linear_probe,
-    precision,
 )
 
 # %% ../../nbs/runs/sweep.ipynb #61902a59
@@ -403,83 +396,3 @@ def probe_frame(grid, store, progress=True) -> pd.DataFrame:
         )
         rows.append(of | {"accuracy": found["accuracy"]})
     return pd.DataFrame(rows)
-
-# %% ../../nbs/runs/sweep.ipynb #1cd2cac7
-@lru_cache(maxsize=None)
-def arithmetic(model_name) -> float:
-    "Parameters times tokens of a model."
-    model = skeleton(model_name)
-    parts, p = anatomy(model), next(model.parameters())
-    return (
-        sum(p.numel() for p in model.parameters())
-        * parts.embed(parts.blank(p)).shape[1]
-    )
-
-
-def size_of(run) -> float:
-    "What a run costs, up to a factor."
-    return arithmetic(run.model) * run.config.steps * run.config.batch_size
-
-
-def timed_step(run) -> float:
-    """Seconds per unit of `size_of` on this machine: forward and backward passes of
-    a run's whole network with one thread, or on the GPU.
-    """
-    gpu, name, c = torch.cuda.is_available(), run.model, run.config
-    model = (timm.create_model(name) if timm.is_model(name) else load(name)).to(
-        "cuda" if gpu else "cpu"
-    )
-    parts, images = anatomy(model), min(c.batch_size, 64 if gpu else 8)
-    x = parts.blank(next(model.parameters())).expand(images, -1, -1, -1)
-    with one_thread():
-        ends = []
-        # the first one warms up
-        while len(ends) < 2 or len(ends) < 4 and ends[-1] - ends[0] < 1:
-            with precision(x, c.bf16):
-                loss = parts.logits(x).square().sum()
-            loss.backward()
-            if gpu:
-                torch.cuda.synchronize()
-            ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / (len(ends) - 1) / images / arithmetic(name)
-
-
-def seconds_left(runs, store, slots) -> float:
-    """Estimated seconds for runs that are not in the store, with `slots` of them at
-    a time.
-    """
-    found = [(run, record) for run in runs if (record := store.get(run.identity()))]
-    open_runs = [run for run in runs if run not in dict(found)]
-    if not open_runs:
-        return 0.0
-    if not found:
-        smallest = min(open_runs, key=lambda run: arithmetic(run.model))
-        return timed_step(smallest) * sum(map(size_of, open_runs)) / slots
-    spent, size = Counter(), Counter()
-    for run, record in found:
-        for name in (run.components, None):
-            spent[name] += record["seconds"]
-            size[name] += size_of(run)
-    names = [
-        run.components if run.components in size else None for run in open_runs
-    ]
-    return (
-        sum(
-            size_of(run) * spent[name] / size[name]
-            for run, name in zip(open_runs, names)
-        )
-        / slots
-    )
-
-
-def in_words(seconds) -> str:
-    "A duration as a person says it."
-    for unit, length in (
-        ("years", 365 * 86400),
-        ("days", 86400),
-        ("h", 3600),
-        ("min", 60),
-    ):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

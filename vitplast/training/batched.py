@@ -25,21 +25,23 @@ from tqdm.auto import tqdm
 from ..data import check_fit
 from ..models import Selection, anatomy, chosen_places, evaluating, prepare
 from vitplast.training.finetune import (
-    FinetuneConfig,
     Run,
     as_history,
     clipped_together,
     gradient_groups,
     has_diverged,
-    image_order,
     own_and_head,
-    pieces,
     precision,
     prepared_head,
     reads,
-    warmup_cosine,
 )
 from .freezing import in_parts, n_trained, training_mode
+from vitplast.training.recipe import (
+    FinetuneConfig,
+    image_order,
+    pieces,
+    warmup_cosine,
+)
 
 # %% ../../nbs/training/batched.ipynb #3c14726a
 OWN = ("lr", "seed")  # what runs of one group may differ in

@@ -8,7 +8,6 @@ __all__ = ['LANDSCAPE_VERSION', 'pieces_of', 'trajectory', 'best_plane', 'LossSu
 
 # %% ../../nbs/training/landscape.ipynb #34b0738e
 import copy
-import math
 from typing import NamedTuple
 
 import pandas as pd
@@ -29,13 +28,13 @@ from vitplast.models import (
 )
 from ..theory import in_double, norm_of, power_iteration
 from .batched import Whole, evaluate_runs
-from vitplast.training.finetune import (
+from .freezing import trainable, training_mode
+from vitplast.training.recipe import (
     FinetuneConfig,
     image_order,
     make_optimizer,
     warmup_cosine,
 )
-from .freezing import trainable, training_mode
 
 # %% ../../nbs/training/landscape.ipynb #5de16152
 LANDSCAPE_VERSION = 1  # of what the surfaces are; see finetune.TRAINING_VERSION

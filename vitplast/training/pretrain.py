@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from ..data import FormulaConfig, FormulaImages, task
 from ..files import replacing
 from ..models import HEADER, ViTConfig, build, read, save
-from .finetune import warmup_cosine
 from .probe import linear_probe
+from .recipe import warmup_cosine
 
 # %% ../../nbs/training/pretrain.ipynb #f6fd2e39
 @dataclass(frozen=True)
