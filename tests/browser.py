@@ -16,6 +16,7 @@ FLAGS = (
 # what does not fit: `scrolls` if the reader can scroll it into view within its own box, `cut` if not at all
 SHOWN = """(async () => {
   if (window.MathJax) await MathJax.startup.promise;
+  await new Promise(r => setTimeout(r, 50));  // a change of size is told with the next frame
   const article = document.querySelector("article"), scrolls = [], cut = [];
   for (const e of article ? article.querySelectorAll("pre, table, img, mjx-container") : []) {
     const own = e.getBoundingClientRect(), inline = e.tagName === "MJX-CONTAINER" && !e.hasAttribute("display");
@@ -77,24 +78,28 @@ class Browser:
 
         return self.loop.run_sync(answered, timeout=120)
 
-    def open(self, url, width=1300, wait="true") -> dict:
-        """What a page shows once its formulas are rendered and a condition holds, and the `complaints` on the way: failed
-        requests, exceptions, errors."""
+    def open(self, url, widths=(1300,), wait="true") -> list:
+        """What a page shows at each width once its formulas are rendered and a condition holds, and the `complaints` on the
+        way: failed requests, exceptions, errors."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session, seen = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"], []
         for domain in ("Network", "Runtime", "Log", "Page"):
             self.send(f"{domain}.enable", session)
-        self.send("Emulation.setDeviceMetricsOverride", session, width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        resize = lambda width: self.send("Emulation.setDeviceMetricsOverride", session, seen, width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        resize(widths[0])
         self.send("Page.navigate", session, seen, url=url)
         look, deadline = lambda code: self.send("Runtime.evaluate", session, seen, expression=code, awaitPromise=True)["result"].get("value"), time.monotonic() + 60
         while not look(f"location.href !== 'about:blank' && document.readyState === 'complete' && ({wait})"):
             assert time.monotonic() < deadline, f"{url}: waited in vain for {wait}"
             time.sleep(0.05)
-        shown = json.loads(look(SHOWN))
-        time.sleep(0.2)
+        shown = [json.loads(look(SHOWN))]
+        for width in widths[1:]:
+            resize(width)
+            shown.append(json.loads(look(SHOWN)))
+        time.sleep(0.1)
         look("1")  # collects what came meanwhile
         self.send("Target.closeTarget", targetId=target)
-        return shown | {"complaints": [c for c in map(complaint, seen) if c]}
+        return [s | {"complaints": [c for c in map(complaint, seen) if c]} for s in shown]
 
 
 def complaint(event):

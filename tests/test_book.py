@@ -94,17 +94,15 @@ def resolves(link, ids={}) -> bool:
     return unquote(parts.fragment) in ids[path] | {"top"}
 
 
-FEW = ("index", "api", "theory/attention", "showing/figures", "experiments/depth")
-
-
-@pytest.mark.parametrize("chapter", [pytest.param(c, marks=[] if c in FEW else pytest.mark.long) for c in chapters()])
+@pytest.mark.parametrize("chapter", chapters())
 def test_a_page_in_a_browser_without_a_network(book, browser, chapter):
-    for width in (1200, 390):  # a desk and a phone
-        page = browser.open(f"file://{book}/{chapter}.html", width)
+    widths = (1300, 390)  # a desk and a phone
+    for width, page in zip(widths, browser.open(f"file://{book}/{chapter}.html", widths)):
         assert page["complaints"] == [], "a failed request, an exception or an error on the console"
         assert page["formulas"] == page["rendered"] == (book / f"{chapter}.html").read_text(encoding="utf-8").count('class="math') and page["broken"] == 0
         assert all(p["alt"].strip() and p["wide"] > 0 for p in page["pictures"])
-        assert page["wide"] <= width, "the page is wider than the screen"
+        assert page["wide"] <= width and page["cut"] == [], "the page is wider than the screen, or what is on it"
+        assert width < 1000 or page["scrolls"] == [], "code, tables and formulas fit the column of a desk"
         inside = [u for u in page["links"] if u.startswith("file:")]
         assert len(inside) > 40 and [u for u in inside if not resolves(u)] == []
 
@@ -116,7 +114,11 @@ def test_the_search_finds_pages_without_a_network(book, browser):
 def test_the_browser_notices_what_is_wrong(browser, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text('<title>bad</title><article><img src="nope.png"><img src="https://example.com/x.png"></article><script>console.error("boom"); nothing()</script>')
-    page = browser.open(f"file://{bad}")
+    [page] = browser.open(f"file://{bad}")
     told = " ".join(page["complaints"])
     assert all(word in told for word in ("ERR_FILE_NOT_FOUND", "asks for https://example.com/x.png", "boom", "nothing is not defined"))
+    wide = tmp_path / "wide.html"
+    wide.write_text(f'<title>wide</title><article style="width: 300px"><pre>{"x" * 400}</pre><pre style="overflow-x: auto">{"y" * 400}</pre><div style="overflow: hidden"><table><tr><td>{"z" * 400}</table></div><pre>short</pre></article>')
+    [found] = browser.open(f"file://{wide}")
+    assert [c[:5] for c in found["cut"]] == ["PRE x", "TABLE"] and [c[:5] for c in found["scrolls"]] == ["PRE y"]
     assert [p["wide"] for p in page["pictures"]] == [0, 0] and not resolves(f"file://{tmp_path}/none.html") and not resolves(f"file://{bad}#none")
