@@ -9,7 +9,7 @@ demo: .venv/package.done
 	$(BIN)/vitplast demo $(ARGS)
 
 test: .venv/dev.done
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n 2 $(ARGS)
 
 test-long: .venv/dev.done
 	$(BIN)/python -m pytest $(ARGS)

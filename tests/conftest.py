@@ -3,6 +3,8 @@ import os
 import tempfile
 import warnings
 
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # two workers on two cores; before numpy is loaded
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -14,6 +16,31 @@ WORST = {}  # component -> largest measured / bound that the tests of the theory
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the tasks of the process that started them
     _cache = tempfile.TemporaryDirectory()  # removed at the end of the session
     os.environ["VITPLAST_CACHE"] = _cache.name
+
+
+SWEEPS = ("test_sweep.py", "test_study.py", "test_cli.py")  # start processes, and are stopped by the clock
+
+
+def scope_of(nodeid) -> str:
+    "A file's tests stay together and share its fixtures; those that start sweeps are one group, never two at a time."
+    file = nodeid.split("::")[0]
+    return "sweeps" if file.endswith(SWEEPS) else file
+
+
+def pytest_collection_modifyitems(items):
+    "The longest group begins first."
+    items.sort(key=lambda item: scope_of(item.nodeid) != "sweeps")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "xdist's own groups are not heard by pytest 9.2."
+    from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = scope_of
+    return scheduler
 
 
 def tiny_vit(seed=0, **kwargs) -> VisionTransformer:

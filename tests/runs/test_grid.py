@@ -159,11 +159,11 @@ def test_a_file_overwritten_with_as_many_bytes_is_another_task(tmp_path):
 
 
 def test_contents_of_a_folder_are_read_once(tmp_path, monkeypatch):
-    from vitplast.data import reading
+    from vitplast.data import folders
 
     read = []
-    monkeypatch.setattr(reading, "SETTLED", 0.0)
-    monkeypatch.setattr(reading, "fingerprint", lambda file: read.append(file.name) or "0" * 12)
+    monkeypatch.setattr(folders, "SETTLED", 0.0)
+    monkeypatch.setattr(folders, "fingerprint", lambda file: read.append(file.name) or "0" * 12)
     for name in ("a.png", "b.jpg", "notes.txt", "._a.png"):
         (tmp_path / name).write_bytes(b"1")
     for _ in range(3):

@@ -24,7 +24,7 @@ from vitplast.showing import StudyConfig, study
 if __name__ == "__main__":
     if hasattr(os, "sched_setaffinity"):  # two workers on any machine, so that the grid is not over at once
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    study(StudyConfig(selections=("head", "LN1", "MHA"), lrs=(0.01, 0.03), seeds=(0,), steps=int(sys.argv[2]), pairs=8), sys.argv[1])
+    study(StudyConfig("formula-vit-tiny", selections=("head", "LN1", "MHA"), lrs=(0.01, 0.03), seeds=(0,), steps=int(sys.argv[2]), pairs=8), sys.argv[1])
 """
 
 
@@ -112,7 +112,7 @@ def test_ctrl_c_keeps_what_was_finished_and_a_rerun_computes_only_the_rest(tmp_p
     after = {f.name: f.stat().st_mtime_ns for f in runs.glob("*.json")}
     assert len(after) == 6 and kept.items() <= after.items()
     records = {json.loads(f.read_text())["sha256"] for f in runs.glob("*.json")}
-    run = StudyConfig(selections=("MHA",), lrs=(0.03,), seeds=(0,), steps=15).grid().runs()[0]
+    run = StudyConfig("formula-vit-tiny", selections=("MHA",), lrs=(0.03,), seeds=(0,), steps=15).grid().runs()[0]
     [(kind, alone)] = compute([run])  # in this process, undisturbed
     stored = [r for f in runs.glob("*.json") if (r := json.loads(f.read_text())["record"])["components"] == "MHA" and r["config"] == alone["config"]]
     assert kind == "record" and len(records) == 6 and len(stored) == 1
