@@ -48,9 +48,7 @@ class StudyConfig:
     def grid(self) -> Grid:
         "The finetuning runs."
         every = max(1, self.steps // 6)
-        config = FinetuneConfig(
-            steps=self.steps, eval_every=every, log_every=10, clip_head="joint"
-        )
+        config = FinetuneConfig(steps=self.steps, eval_every=every, log_every=10)
         return Grid(
             (self.task,),
             (self.model,),
