@@ -12,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import vitplast as vp
+from vitplast.files import key, settings
 from vitplast.data import Split
 from vitplast.models import KINDS, chosen_places, prepare
 from vitplast.training import image_order, new_head, warmup_cosine
@@ -207,6 +208,9 @@ def test_the_schedule_starts_above_zero_and_never_exceeds_one(steps, warmup):
 @pytest.mark.parametrize("kwargs, message", [
     (dict(lr=0), "lr=0: expected a positive number"), (dict(lr=math.nan), "lr=nan"), (dict(steps=0), "steps=0: expected a positive integer"),
     (dict(batch_size=2.5), "batch_size=2.5"), (dict(momentum=1), r"momentum=1: expected a number in \[0, 1\)"), (dict(weight_decay=-1), "weight_decay=-1"),
+    (dict(steps=True), "steps=True: expected a positive integer"), (dict(seed=1.5), "seed=1.5: expected a whole number"), (dict(seed=10**20), "seed=1000+: expected"),
+    (dict(lr="0.1"), "lr='0.1': expected a positive number"), (dict(lr=True), "lr=True"), (dict(weight_decay=math.inf), "weight_decay=inf: expected a number"), (dict(final_norm="no"), "final_norm='no': expected True or False"),
+    (dict(momentum="x"), "momentum='x': expected a number"), (dict(head_lr="0.1"), "head_lr='0.1': expected None"), (dict(clip=0), "clip=0: expected a positive number, or None"), (dict(bf16=1), "bf16=1: expected True or False"),
     (dict(optimizer="adam"), "optimizer=.adam.: expected one of"), (dict(accumulate=33), "accumulate=33: expected at most batch_size=32"), (dict(watch=["MHSA"]), "watch=.*: expected some of"),
 ])  # fmt: skip
 def test_bad_settings(kwargs, message):
@@ -288,6 +292,29 @@ def test_the_history_averages_and_loses_no_reading(model, stripes):
     assert list(short.step) == [4, 5, 8, 10, 12] and list(short.lr) == list(full.lr[[3, 4, 7, 9, 11]])
     assert np.isclose(short.loss[2], full.loss[5:8].mean()) and np.isclose(short.grad_norm[0], full.grad_norm[:4].mean())
     assert short.dropna().validation_accuracy.tolist() == full.dropna().validation_accuracy.tolist()
+
+
+def test_what_is_meant_is_taken_and_what_is_not_is_said(model, stripes):
+    config = {"steps": 2, "eval_every": 2}
+    small = vp.load("formula-vit-tiny")
+    assert vp.finetune(small, "digits", "head", config).task == "digits"
+    assert vp.linear_probe(small, "digits") == vp.linear_probe(small, vp.task("digits"))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            run = vp.finetune(model, stripes, "LN1", config)
+        assert run.history.equals(vp.finetune(model, stripes, "LN1", vp.FinetuneConfig(**config)).history)
+    for task, settings, kind, message in [
+        (stripes, {"step": 2}, ValueError, "setting .step.; nearest known: .*steps"), (stripes, 0.1, TypeError, "config 0.1 is a float: expected a vp.FinetuneConfig"),
+        (stripes, {"batch_size": 10**7}, ValueError, "batch_size=10000000: the task has 64 training images, expected at most 256"),
+        (3, {}, TypeError, "task 3 is a int: expected what vp.task gives, or its name"), ("digist", {}, ValueError, "unknown task 'digist'.*nearest known: .'digits'"),
+    ]:  # fmt: skip
+        with pytest.raises(kind, match=message):
+            vp.finetune(model if task is stripes else small, task, "LN1", settings)
+
+
+def test_two_spellings_of_a_number_are_one_run():
+    runs = [vp.FinetuneConfig(lr=a, clip=b, steps=c, weight_decay=d) for a, b, c, d in ((1, 1, 10, 0), (1.0, 1.0, 10, 0.0), (np.float64(1), np.float64(1), np.int64(10), np.float64(0)))]
+    assert len(set(runs)) == 1 and len({key(settings(r)) for r in runs}) == 1
 
 
 def test_bfloat16_and_compiled_runs_are_close_to_plain_ones(model, stripes):

@@ -13,6 +13,6 @@ __all__ = door(
     corruptions="CORRUPTIONS corrupt",
     offline="OFFLINE",
     published="PAPER PUBLISHED_NORMALISATION",
-    tasks="SUITES check_fit pretraining_images suite_of task tasks",
+    tasks="SUITES pretraining_images suite_of task task_for tasks",
     measuring="DISTRIBUTIONS FORMULA measure named_images",
 )

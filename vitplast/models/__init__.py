@@ -10,7 +10,7 @@ __all__ = door(
     __name__,
     components=(
         "Anatomy Attention Component INPUTS KINDS Linear Norm anatomy components "
-        "evaluating first fit forward_mode visit visit_tokens watching"
+        "evaluating first fit forward_mode unwrapped visit visit_tokens watching"
     ),
     selection="CHOICES Selection chosen_places needs_model read_selection",
     loading=(

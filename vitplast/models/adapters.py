@@ -27,12 +27,12 @@ from vitplast.models.components import (
     anatomy,
     attention_weights,
     check_norms,
+    is_plain,
     linear_weights,
     named,
     norm_weights,
     refuse,
     take_apart,
-    zero_bias,
 )
 
 # %% ../../nbs/models/adapters.ipynb #7757ca20
@@ -64,7 +64,8 @@ def check_mlp(model, mlp):
             f"its MLP is {type(mlp).__name__} (gated), expected two linear layers"
             " with an activation between",
         )
-    if not isinstance(mlp.norm, nn.Identity) or not isinstance(mlp.fc1, nn.Linear):
+    inner = getattr(mlp.fc1, "base_layer", mlp.fc1)  # an adapter may be around it
+    if not isinstance(mlp.norm, nn.Identity) or not isinstance(inner, nn.Linear):
         refuse(
             model,
             "its MLP normalises between the layers or is made of convolutions",
@@ -89,12 +90,11 @@ def fused_weights(attn, bias=None, **kwargs):
     """The matrices of a timm attention whose queries, keys and values are one
     linear layer.
     """
-    bias = zero_bias(attn.qkv) if bias is None else bias
+    W, own = linear_weights(attn.qkv)
     return attention_weights(
-        attn.qkv.weight,
-        bias,
-        attn.proj.weight,
-        zero_bias(attn.proj),
+        W,
+        own if bias is None else bias,
+        *linear_weights(attn.proj),
         attn.num_heads,
         attn.scale,
         **kwargs,
@@ -196,15 +196,9 @@ def eva_weights(model, i, attn):
         )
         return fused_weights(attn, bias, rotary=rotary)
     layers = (attn.q_proj, attn.k_proj, attn.v_proj)
-    W, b = (
-        [layer.weight for layer in layers],
-        [zero_bias(layer) for layer in layers],
-    )
     return attention_weights(
-        W,
-        b,
-        attn.proj.weight,
-        zero_bias(attn.proj),
+        *zip(*map(linear_weights, layers)),
+        *linear_weights(attn.proj),
         attn.num_heads,
         attn.scale,
         rotary=rotary,
@@ -272,8 +266,7 @@ def multihead_weights(attn):
     return attention_weights(
         attn.in_proj_weight,
         bias,
-        attn.out_proj.weight,
-        zero_bias(attn.out_proj),
+        *linear_weights(attn.out_proj),
         heads,
         (d // heads) ** -0.5,
     )
@@ -291,6 +284,8 @@ def torchvision_vision_transformer(model: TorchvisionViT) -> Anatomy:
             )
         check_norms(model, (block.ln_1, block.ln_2))
         attn, fc1, fc2 = block.self_attention, block.mlp[0], block.mlp[3]
+        if type(attn) is not nn.MultiheadAttention or not is_plain(attn.out_proj):
+            refuse(model, "something is wrapped around its attention")
         return {
             "LN1": Piece("ln_1", lambda: norm_weights(block.ln_1)),
             "MHA": Piece(

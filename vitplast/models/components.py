@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ADAPTERS', 'NORMS', 'INPUTS', 'Norm', 'Linear', 'Attention', 'only_tokens', 'first', 'Component', 'Anatomy',
-           'check_images', 'check_sequences', 'anatomy', 'components', 'refuse', 'named', 'zero_bias', 'linear_weights',
-           'norm_weights', 'check_norms', 'attention_weights', 'Piece', 'take_apart', 'evaluating', 'forward_mode',
-           'fit', 'watching', 'visit_tokens', 'visit']
+           'check_images', 'check_sequences', 'unwrapped', 'adapter_of', 'held_inside', 'anatomy', 'components',
+           'refuse', 'named', 'carried', 'is_plain', 'sent_through', 'linear_weights', 'norm_weights', 'check_norms',
+           'attention_weights', 'Piece', 'take_apart', 'evaluating', 'forward_mode', 'fit', 'watching', 'visit_tokens',
+           'visit']
 
 # %% ../../nbs/models/components.ipynb #f576a859
 from contextlib import contextmanager
@@ -211,19 +212,72 @@ ADAPTERS = {
 }  # library -> our module
 
 
-@singledispatch
-def anatomy(model) -> Anatomy:
-    """Take a model apart; TypeError for a class that no adapter covers.
+def unwrapped(model) -> nn.Module:
+    """The network inside a wrapper that changes nothing of what it computes
+    (torch.compile, DataParallel, peft around adapters); any other model as it is.
 
-    Register a function to add an architecture.
+    TypeError for what is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model {model!r:.80} is a {type(model).__name__}: expected a network, as"
+            " vp.load gives it"
+        )
+    library = type(model).__module__
+    if library.startswith("torch._dynamo") and hasattr(model, "_orig_mod"):
+        return unwrapped(model._orig_mod)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    if library.startswith("peft.") and hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            refuse(model, "its prompts are part of what it computes")
+        return unwrapped(model.get_base_model())
+    return model
+
+
+def adapter_of(model):
+    "The registered function for a model's class, or None."
     libraries = {c.__module__.split(".")[0] for c in type(model).__mro__}
     for module in {"adapters"} | {
         m for library, m in ADAPTERS.items() if library in libraries
     }:
         import_module(f"vitplast.models.{module}")
     adapter = anatomy.dispatch(type(model))
-    if adapter is anatomy.dispatch(object):
+    return None if adapter is anatomy.dispatch(object) else adapter
+
+
+def held_inside(model) -> str:
+    "Which part of a model is covered, and what lies outside of it; '' if none is."
+    for name, part in model.named_modules():
+        if name and adapter_of(part):
+            outside = [
+                n
+                for n, _ in model.named_parameters()
+                if not n.startswith(name + ".")
+            ]
+            more = f" and {len(outside) - 3} more" * (len(outside) > 3)
+            left = (
+                f"; {', '.join(outside[:3])}{more} lie outside of it, and stay as"
+            )
+            return (
+                f" It holds a {type(part).__name__}: pass"
+                f" model.get_submodule({name!r})"
+                + f"{left} they are" * bool(outside)
+                + "."
+            )
+    return ""
+
+
+@singledispatch
+def anatomy(model) -> Anatomy:
+    """Take a model apart, inside torch.compile, DataParallel or peft's wrapper, too.
+
+    TypeError for a class that no adapter covers. Register a function to add an
+    architecture.
+    """
+    if (inner := unwrapped(model)) is not model:
+        return anatomy(inner)
+    if not (adapter := adapter_of(model)):
         known = sorted(
             f"{c.__module__.split('.')[0]}.{c.__name__}"
             for c in anatomy.registry
@@ -233,7 +287,7 @@ def anatomy(model) -> Anatomy:
             known += ["ViT and GPT-2 of transformers"]
         raise TypeError(
             f"{type(model).__name__} is not covered; supported, pre-norm:"
-            f" {', '.join(known)}"
+            f" {', '.join(known)}.{held_inside(model)}"
         )
     return adapter(model)
 
@@ -258,18 +312,51 @@ def named(model, prefix) -> dict:
     }
 
 
-def zero_bias(layer) -> torch.Tensor:
-    "The bias of a linear layer, zeros where it has none."
+def carried(module) -> list:
+    "Names of the layers in a module that wrap another one, as adapters of peft do."
+    return [n for n, m in module.named_modules() if hasattr(m, "base_layer")]
+
+
+def is_plain(layer, kind=nn.Linear) -> bool:
+    "Whether a layer computes with its `weight` and `bias` and nothing else."
     return (
-        layer.weight.new_zeros(len(layer.weight))
-        if layer.bias is None
-        else layer.bias
+        type(layer).forward is kind.forward
+        and "forward" not in vars(layer)
+        and not layer._forward_pre_hooks
+        and type(layer.weight) in (nn.Parameter, torch.Tensor)
     )
 
 
+def sent_through(layer) -> Linear:
+    """The matrix and bias of any affine layer, from what it makes of unit vectors;
+    TypeError where it is not affine.
+    """
+    width = getattr(layer, "in_features", None) or layer.weight.shape[0]
+    like = next(p for p in layer.parameters() if p.is_floating_point())
+    like = like.new_zeros(1, width)
+    with evaluating(layer):
+        bias = layer(like)[0]
+        W = (layer(torch.eye(width).to(like)) - bias).T
+        probe = torch.linspace(-2, 2, 3 * width).sin().view(3, width).to(like)
+        found, expected = layer(probe), probe @ W.T + bias
+    if not torch.allclose(
+        found, expected, rtol=1e-3, atol=1e-3 * float(found.std())
+    ):
+        raise TypeError(
+            f"a {type(layer).__name__} is not covered: what it computes is not"
+            " linear, so no matrix says it"
+        )
+    return Linear(W, bias)
+
+
 def linear_weights(layer) -> Linear:
-    "The matrix and bias of an nn.Linear."
-    return Linear(layer.weight, zero_bias(layer))
+    """The matrix and bias with which a linear layer computes: its own, or, where
+    something wraps it (adapters, quantisation), those it shows from outside.
+    """
+    if not is_plain(layer):
+        return sent_through(layer)
+    none = layer.weight.new_zeros(len(layer.weight))
+    return Linear(layer.weight, none if layer.bias is None else layer.bias)
 
 # %% ../../nbs/models/components.ipynb #f1a0eec0
 NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm)

@@ -16,6 +16,7 @@ from transformers import (
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from vitplast.models.components import (
     Anatomy,
@@ -24,12 +25,13 @@ from vitplast.models.components import (
     anatomy,
     attention_weights,
     check_norms,
+    is_plain,
     linear_weights,
     named,
     norm_weights,
     refuse,
+    sent_through,
     take_apart,
-    zero_bias,
 )
 
 # %% ../../nbs/models/huggingface.ipynb #4eef68e1
@@ -87,15 +89,9 @@ def transformers_vit(model) -> Anatomy:
 
         def weights():
             layers = (attn.q_proj, attn.k_proj, attn.v_proj)
-            W, b = (
-                [layer.weight for layer in layers],
-                [zero_bias(layer) for layer in layers],
-            )
             return attention_weights(
-                W,
-                b,
-                attn.o_proj.weight,
-                zero_bias(attn.o_proj),
+                *zip(*map(linear_weights, layers)),
+                *linear_weights(attn.o_proj),
                 attn.num_attention_heads,
                 attn.scaling,
             )
@@ -147,6 +143,8 @@ def causal_mask(tokens) -> torch.Tensor:
 
 def conv1d_weights(layer) -> Linear:
     "The matrix and bias of a Conv1D, which computes x W + b."
+    if not is_plain(layer, Conv1D):
+        return sent_through(layer)
     return Linear(layer.weight.T, layer.bias)
 
 

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..files import replacing
+from .components import unwrapped
 
 # %% ../../nbs/models/loading.ipynb #ad82ef0c
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ def prepare(model, images) -> torch.Tensor:
         raise ValueError(
             f"images have shape {tuple(images.shape)}: expected (N, 3, H, W)"
         )
+    model = unwrapped(model)
     foreign = any(
         c.__module__.startswith("transformers.") for c in type(model).__mro__
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'PARTS', 'NUMBER', 'SLICE', 'FIELDS', 'Item', 'wrong', 'nearest', 'read_blocks', 'read_item', 'needs_model',
            'read_selection', 'atoms_of', 'spelled', 'as_runs', 'block_numbers', 'canonical_text', 'Selection',
-           'Weights', 'places', 'block_prefix', 'chosen_places']
+           'Weights', 'places', 'block_prefix', 'check_bare', 'chosen_places']
 
 # %% ../../nbs/models/selection.ipynb #a6d8e427
 import difflib
@@ -19,7 +19,14 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .components import KINDS, Component, anatomy, refuse
+from vitplast.models.components import (
+    KINDS,
+    Component,
+    anatomy,
+    carried,
+    refuse,
+    unwrapped,
+)
 
 # %% ../../nbs/models/selection.ipynb #f91a4714
 CHOICES = (*KINDS, "all", "head")
@@ -335,6 +342,18 @@ def block_prefix(parts, block) -> str:
     return ".".join(shared) + "."
 
 
+def check_bare(component):
+    """ValueError for a component with adapters: to train it would thaw the weights
+    that they leave alone.
+    """
+    if layers := carried(component.module):
+        raise ValueError(
+            f"{component.name}{'.' * bool(layers[0])}{layers[0]} carries an adapter:"
+            f" to train {component.kind} would thaw the weights under it. Expected a"
+            " model without adapters; peft's merge_and_unload() gives one"
+        )
+
+
 def chosen_places(selection, model, head=True, final_norm=False) -> dict:
     """What a selection trains in a model: full names, in the model's order -> None
     or a mask.
@@ -342,8 +361,12 @@ def chosen_places(selection, model, head=True, final_norm=False) -> dict:
     head, final_norm: also those, where the selection does not name them.
     Raises ValueError where that is nothing.
     """
+    model = unwrapped(model)
     selection, parts = Selection.of(selection, model), anatomy(model)
     found = {}
+    for c in parts.components:
+        if selection.everything or selection.atoms.get((c.block, c.kind)):
+            check_bare(c)
     if selection.everything:
         found = {
             n: None for n, _ in model.named_parameters() if n not in parts.head()

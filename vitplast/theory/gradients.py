@@ -134,7 +134,7 @@ def gradient_bounds(model, images, labels) -> pd.DataFrame:
     if not parts.head():
         raise ValueError(
             "the model has no head: expected one,"
-            " vitplast.components.anatomy(model).reset_head(n_classes) makes it"
+            " vitplast.models.anatomy(model).reset_head(n_classes) makes it"
         )
     entering, signals, own = backward(model, parts, images, labels)
     rows = []

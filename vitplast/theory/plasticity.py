@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
-from ..models import INPUTS, anatomy, evaluating, visit_tokens
+from ..models import INPUTS, anatomy, evaluating, unwrapped, visit_tokens
 from .fast import make_plan, shared_distances, sharing_pays
 from vitplast.theory.pairs import (
     all_pairs_statistics,
@@ -345,6 +345,7 @@ def plasticity(
     Theorems 27 to 29 of the book.
     """
     check_arguments(x, y, inputs, pairs, confidence, fast)
+    model = unwrapped(model)
     with on_device(model, device), evaluating(model):
         parts, like = anatomy(model), next(model.parameters())
         streams = [

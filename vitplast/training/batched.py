@@ -22,8 +22,15 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..data import check_fit
-from ..models import Selection, anatomy, chosen_places, evaluating, prepare
+from ..data import task_for
+from vitplast.models import (
+    Selection,
+    anatomy,
+    chosen_places,
+    evaluating,
+    prepare,
+    unwrapped,
+)
 from vitplast.training.finetune import (
     Run,
     as_history,
@@ -38,6 +45,7 @@ from vitplast.training.finetune import (
 from .freezing import in_parts, n_trained, training_mode
 from vitplast.training.recipe import (
     FinetuneConfig,
+    check_batch,
     image_order,
     pieces,
     warmup_cosine,
@@ -355,6 +363,8 @@ def train_runs(
     return histories, accuracies, steps, best
 
 # %% ../../nbs/training/batched.ipynb #ab668689
+@torch.inference_mode(False)
+@torch.enable_grad()
 def finetune_many(
     model, task, selection, configs, progress=False, compiled=False
 ) -> list:
@@ -366,8 +376,10 @@ def finetune_many(
     for a model that draws random numbers or changes statistics while it trains
     (dropout, batch norm).
     """
-    check_fit(model, task)
+    model, configs = unwrapped(model), list(map(FinetuneConfig.of, configs))
+    task = task_for(model, task)
     check_group(configs)
+    check_batch(task, configs[0])
     selection = Selection.of(selection, model)
     started, base = time.monotonic(), copy.deepcopy(model)
     stacked, watched, masks = stack_runs(base, task, selection, configs)

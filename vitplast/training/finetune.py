@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import Split, Task, check_fit
-from ..models import Selection, anatomy, evaluating, prepare
+from ..data import Split, Task, task_for
+from ..models import Selection, anatomy, evaluating, prepare, unwrapped
 from .freezing import trainable, training_mode
 from .probe import fit_head
 from vitplast.training.recipe import (
     FinetuneConfig,
+    check_batch,
     image_order,
     make_optimizer,
     pieces,
@@ -300,6 +301,8 @@ def prepared_head(model, task, selection, config) -> Selection:
     return replace(selection, head=False)
 
 
+@torch.inference_mode(False)  # whatever the caller computes under
+@torch.enable_grad()
 def finetune(
     model,
     task: Task,
@@ -310,13 +313,16 @@ def finetune(
 ) -> Run:
     """Train a selection and a new head on a task.
 
-    selection: as in `trainable`; the model itself is left alone. compiled: use
-    torch.compile, which takes a minute to begin with. Returns a Run: .history,
-    .validation_accuracy, .test_accuracy, .model. Raises ValueError where a
-    selection cannot be read or trains nothing, or the images do not fit the model.
+    task: what vp.task gives, or its name. selection: as in `trainable`; the model
+    itself is left alone. compiled: use torch.compile, which takes a minute to
+    begin with. Returns a Run: .history, .validation_accuracy, .test_accuracy,
+    .model. Raises ValueError where a selection cannot be read or trains nothing,
+    or the images do not fit the model.
     Source of the recipe: Odonnat et al. 2026.
     """
-    check_fit(model, task)
+    model, config = unwrapped(model), FinetuneConfig.of(config)
+    task = task_for(model, task)
+    check_batch(task, config)
     selection = Selection.of(selection, model)
     started, model = time.monotonic(), copy.deepcopy(model)
     with torch.random.fork_rng():  # dropout draws from torch's global generator

@@ -9,7 +9,7 @@ __all__ = ['masked', 'trained_part', 'in_parts', 'n_trained', 'trainable', 'trai
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..models import Selection, chosen_places
+from ..models import Selection, chosen_places, unwrapped
 
 # %% ../../nbs/training/freezing.ipynb #9423df62
 def masked(parameter, mask):
@@ -53,6 +53,7 @@ class trainable:
     """
 
     def __init__(self, model, selection, *, head=True, final_norm=False):
+        model = unwrapped(model)
         self.selection = Selection.of(selection, model)
         places = chosen_places(self.selection, model, head, final_norm)
         self.before = [

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ..data import Task, check_fit
-from ..models import anatomy, evaluating, prepare
+from ..data import Task, task_for
+from ..models import anatomy, evaluating, prepare, unwrapped
 
 # %% ../../nbs/training/probe.ipynb #8a2d67e3
 PROBE_VERSION = 1  # of what `linear_probe` computes; see finetune.TRAINING_VERSION
@@ -36,7 +36,7 @@ def linear_probe(model, task: Task, split="test") -> float:
     """Accuracy on a split of a logistic regression on the frozen features, fitted
     on the training split.
     """
-    check_fit(model, task)
+    task = task_for(model, task)
     read, train, scaler = getattr(task, split), task.train, StandardScaler()
     fitted = probe_features(
         model, (task.still(rows) for rows in torch.arange(len(train)).split(256))
@@ -59,6 +59,7 @@ def fit_head(model, task: Task):
     Fitted on the training images, not augmented, standardised; penalty as in
     scikit-learn.
     """
+    model = unwrapped(model)
     parts, received, rows = anatomy(model), [], torch.arange(len(task.train))
     name = next(n for n, p in parts.head().items() if p.ndim == 2).rpartition(".")[
         0
