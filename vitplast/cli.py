@@ -317,8 +317,13 @@ def show_tables(frame, probes, selection):
         typer.echo((100 * shown).round(1).to_string())
 
 
-def show_edges(frame):
-    "Print which arms have their best rate on the edge of those tried."
+def show_edges(frame, extended):
+    """Print which arms have their best rate on the edge of those tried, and what
+    would help.
+    """
+    helps = "--extend goes on" if not extended else "four rates beyond were tried"
+    if frame.lr.nunique() < 2:
+        return
     arms = frame[frame.edge].drop_duplicates(
         ["model", "optimizer", "task", "component"]
     )
@@ -328,7 +333,7 @@ def show_edges(frame):
         )
         typer.echo(
             f"\n{len(arms)} arms have their best rate on the edge of those tried"
-            f" ({named}{', ...' * (len(arms) > 5)}); --extend goes on"
+            f" ({named}{', ...' * (len(arms) > 5)}); {helps}"
         )
 
 
@@ -442,7 +447,7 @@ def sweep(
         raise typer.Exit(failed > 0)
     if len(frame):
         show_tables(frame, probes, selection)
-        show_edges(frame)
+        show_edges(frame, bool(extended_arms(grids, extend)))
     diverged = int(frame.diverged.sum()) if len(frame) else 0
     typer.echo(
         f"\n{len(frame)} runs, {diverged} diverged, {failed} failed; records in"

@@ -13,7 +13,9 @@ from vitplast.runs import (
     PRESETS, all_runs, as_line, check, published_results, published_table,
     welch,
 )
-from vitplast.runs.check import NEUTRAL, PUBLISHED_MODEL
+from vitplast.runs.check import PUBLISHED_MODEL
+from vitplast.training import TRAINING_VERSION
+from vitplast.training.recipe import NEUTRAL
 from vitplast.models import CHOICES
 
 MAIN = [r for r in all_runs(PRESETS["paper"]) if r.model == PUBLISHED_MODEL and r.config.optimizer == "sgd"]
@@ -22,7 +24,7 @@ MAIN = [r for r in all_runs(PRESETS["paper"]) if r.model == PUBLISHED_MODEL and 
 def record(run, test, validation):
     history = {name: [1.0] for name in ("step", "lr", "loss", "grad_norm", "validation_loss", "validation_accuracy")}
     rest = {"best_step": 1, "validation_accuracy": validation, "test_accuracy": test, "diverged": False, "n_trained": 1, "seconds": 1.0, "together": 1}
-    return asdict(run) | rest | {"history": history}
+    return asdict(run) | rest | {"history": history, "training": TRAINING_VERSION}
 
 
 def write(folder, records):
@@ -90,7 +92,9 @@ def test_only_the_published_settings_count(tmp_path):
     neutral = replace(run, config=replace(run.config, accumulate=1, bf16=False, log_every=1, watch=("LN1",)))
     assert set(NEUTRAL) == {"accumulate", "bf16", "log_every", "watch"}
     twice = [record(run, 0.5, 0.5), record(neutral, 0.5, 0.5)]  # one run, computed in two ways
-    held = check(write(tmp_path / "mixed", [*twice, record(shorter, 0.9, 0.9)]), ("validation",))
+    old = {k: v for k, v in twice[0]["config"].items() if k not in ("clip_head", "head_lr")}  # before there were these
+    older = [record(run, 0.9, 0.9) | {"training": 0}, record(run, 0.5, 0.5) | {"config": old}]
+    held = check(write(tmp_path / "mixed", [older[0], *twice, record(shorter, 0.9, 0.9), older[1]]), ("validation",))
     (cell,) = held[held.n_seeds > 0].itertuples()
     assert (cell.task, cell.component, cell.n_seeds, cell.mean, cell.verdict) == ("pet", "MHA", 1, 0.5, "no interval")
     assert (held.verdict == "missing").sum() == 76

@@ -18,6 +18,7 @@ from vitplast.runs import (
 )
 from vitplast.data import folder_contents
 from vitplast.runs.grid import further_rate, next_rate
+from vitplast.training.recipe import ALLOWED, COUNT
 from vitplast.training import FinetuneConfig
 
 TINY = Grid(("digits", "sketch"), selections=("MHA", "LN1+FC1"), lrs=(0.1, 1), seeds=(0, 7), optimizers=("sgd", "adamw"))
@@ -208,20 +209,30 @@ STORES = [Path(__file__).parents[2] / "nbs/results" / name for name in ("offline
 
 @dataclass(frozen=True)
 class Grown(FinetuneConfig):
-    "A configuration of the future: a setting that stood for 0 before it existed."
+    "A configuration of the future: a setting that stood for 1 before it existed."
 
-    dummy: int = later(3, before=0)
+    dummy: int = later(3, before=1)
 
 
 @pytest.mark.parametrize("folder", STORES, ids=lambda p: p.name)
-def test_a_setting_that_comes_later_orphans_no_record(folder):
+def test_a_setting_that_comes_later_orphans_no_record(folder, monkeypatch):
+    monkeypatch.setitem(ALLOWED, "dummy", COUNT)
     records = Store(folder).records()
     runs = {k: RunConfig.from_record(r) for k, r in records.items() if "history" in r}
     assert len(runs) >= 300 and all(key(run.identity()) == k for k, run in runs.items())
     for k, run in list(runs.items())[::25]:
         old = replace(run, config=Grown.from_record(records[k]["config"]))
         new = replace(run, config=replace(old.config, dummy=3))
-        assert old.config.dummy == 0 and key(old.identity()) == k != key(new.identity())
+        assert old.config.dummy == 1 and key(old.identity()) == k != key(new.identity())
+
+
+def test_a_path_is_a_folder_and_a_head_that_is_fixed_does_not_train(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig("formula-vit-tiny", "digits", "MHA").task == "digits"
+    assert RunConfig("formula-vit-tiny", Path("digits"), "MHA").task == str(tmp_path / "digits")
+    with pytest.raises(ValueError, match="selection 'head' with head_lr=0: nothing would train"):
+        RunConfig("formula-vit-tiny", "digits", "head", FinetuneConfig(head_lr=0))
 
 
 def test_stored_runs_were_clipped_jointly_and_say_so():

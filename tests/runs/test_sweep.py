@@ -1,5 +1,6 @@
 """Sweeps are killed, doubled, starved of disk, fed with damage and with runs that raise; the store ends as if nothing had happened."""
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,9 +18,10 @@ import pytest
 import torch
 
 import vitplast as vp
+from vitplast.data import folder_contents
 from vitplast.runs import (
-    Grid, Store, choose, curve_frame, in_words, probe_frame, run_frame,
-    seconds_left, size_of, stored_runs, sweep,
+    Grid, Store, best_rates, choose, curve_frame, in_words, materials, probe_frame,
+    run_frame, seconds_left, size_of, stored_runs, sweep,
 )
 from vitplast.runs import executors
 from vitplast.runs.estimates import arithmetic
@@ -394,3 +396,82 @@ def test_executors():
     for executor, workers, message in (("cluster", None, "unknown executor 'cluster'"), ("bached", None, "nearest known: .'batched'"), ("serial", 0, "workers=0: expected a positive integer")):
         with pytest.raises(ValueError, match=message):
             choose(executor, workers)
+
+
+def pretended(monkeypatch, best, broken=()):
+    "Runs that compute nothing: their accuracy falls with the distance of their rate from the best one of their arm."
+    computed = []
+
+    def compute(runs, compiled=False):
+        outcomes = []
+        for run in runs:
+            c = run.config
+            computed.append((run.components, c.clip_head, c.lr))
+            accuracy = 1 - abs(math.log10(c.lr / best[run.components, c.clip_head])) / 50
+            history = {"step": [1], "lr": [c.lr], "loss": [1.0], "grad_norm": [1.0], "validation_loss": [1.0], "validation_accuracy": [accuracy]}
+            out = {"validation_accuracy": accuracy, "test_accuracy": accuracy, "best_step": 1, "diverged": False, "n_trained": 1, "seconds": 1.0, "together": len(runs), "history": history}
+            outcomes.append(("error", "it broke") if computed[-1] in broken else ("record", run.identity() | {"model": run.model, "task": run.task} | out))
+        return outcomes
+
+    monkeypatch.setattr(sys.modules["vitplast.runs.sweep"], "compute", compute)
+    return computed
+
+
+@pytest.mark.parametrize("executor", ["serial", "batched"])
+def test_a_sweep_goes_on_where_the_best_rate_lies_on_the_edge(tmp_path, monkeypatch, executor):
+    best = {("LN1", "separate"): 3.0, ("MHA", "separate"): 0.003, ("LN1", "joint"): 0.03, ("MHA", "joint"): 1e9}
+    computed = pretended(monkeypatch, best)
+    grids = [replace(GRID, lrs=(0.003, 0.03, 0.3), config=replace(CONFIG, clip_head=how)) for how in ("separate", "joint")]
+    assert not sweep(grids[0], tmp_path / "plain", executor, progress=False).query("lr > 0.3").size and len(computed) == 12
+    frame = sweep(grids, tmp_path / "store", executor, progress=False, extend=True)
+    arms = {arm: (sorted(mine.lr.unique()), mine.edge.unique().tolist()) for arm, mine in frame.groupby(["component", "clip_head"])}
+    assert arms == {
+        ("LN1", "separate"): ([0.003, 0.03, 0.3, 3.0, 30.0], [False]), ("MHA", "separate"): ([0.0003, 0.003, 0.03, 0.3], [False]),
+        ("LN1", "joint"): ([0.003, 0.03, 0.3], [False]), ("MHA", "joint"): ([0.003, 0.03, 0.3, 3.0, 30.0, 300.0, 3000.0], [True]),
+    }  # fmt: skip
+    assert (frame.groupby(["component", "clip_head", "lr"]).seed.nunique() == 2).all()
+    before = len(computed)
+    again = sweep(grids, tmp_path / "store", executor, progress=False, extend=True)
+    assert len(computed) == before and again.equals(frame)
+    with pytest.raises(ValueError, match=r"runs of 2 recipes \(clip_head \['separate', 'joint'\]\): expected those of one"):
+        best_rates(frame)
+    assert best_rates(frame[frame.clip_head == "separate"]).droplevel([0, 1, 2]).to_dict() == {"LN1": 3.0, "MHA": 0.003}
+    with pytest.raises(ValueError, match="a single rate|ratio"):
+        sweep(replace(GRID, lrs=(0.1,)), tmp_path / "one", executor, progress=False, extend=True)
+
+
+def test_a_further_rate_that_fails_is_tried_again(tmp_path, monkeypatch):
+    best = {("LN1", "separate"): 3.0, ("MHA", "separate"): 0.03}
+    grid = replace(GRID, lrs=(0.003, 0.03, 0.3))
+    pretended(monkeypatch, best, broken={("LN1", "separate", 3.0)})
+    with pytest.warns(UserWarning, match="2 of 14 runs failed, first formula-vit-tiny digits LN1 sgd lr=3 seed=0: it broke"):
+        frame = sweep(grid, tmp_path, "serial", progress=False, extend=True)
+    assert frame.attrs["failed"] == 2 and frame.groupby("component").edge.first().to_dict() == {"LN1": True, "MHA": False}
+    computed = pretended(monkeypatch, best)
+    frame = sweep(grid, tmp_path, "serial", progress=False, extend=True)
+    assert {lr for _, _, lr in computed} == {3.0, 30.0} and not frame.edge.any() and Store(tmp_path).failures() == {}
+
+
+def test_runs_of_another_version_do_not_count_and_are_said(tmp_path, monkeypatch):
+    pretended(monkeypatch, {("LN1", "separate"): 0.03, ("MHA", "separate"): 0.03})
+    sweep(GRID, tmp_path, "serial", progress=False)
+    for module in ("grid", "sweep"):
+        monkeypatch.setattr(sys.modules[f"vitplast.runs.{module}"], "TRAINING_VERSION", 10**6)
+    with pytest.warns(UserWarning, match="holds 8 runs of another version of the training; they do not count"):
+        sweep(GRID, tmp_path, "serial", progress=False)
+    assert len(Store(tmp_path)) == 16
+
+
+def test_pictures_and_weights_that_change_are_read_again(tmp_path):
+    "One process, two states of a folder: the second is another task, and not the one that was kept."
+    from PIL import Image
+
+    run = replace(GRID, tasks=("digits",)).runs()[0]
+    for state in (10, 200):
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            for i in range(5):
+                Image.new("L", (8, 8), state + i).save(tmp_path / name / f"{i}.png")
+        folder_contents.cache_clear()
+        task = materials(replace(run, task=str(tmp_path)).base())[1]
+        assert abs(int(task.train.images.float().mean()) - state) < 5

@@ -303,13 +303,13 @@ def test_what_is_meant_is_taken_and_what_is_not_is_said(model, stripes):
         with context:
             run = vp.finetune(model, stripes, "LN1", config)
         assert run.history.equals(vp.finetune(model, stripes, "LN1", vp.FinetuneConfig(**config)).history)
-    for task, settings, kind, message in [
+    for task, wrong, kind, message in [
         (stripes, {"step": 2}, ValueError, "setting .step.; nearest known: .*steps"), (stripes, 0.1, TypeError, "config 0.1 is a float: expected a vp.FinetuneConfig"),
         (stripes, {"batch_size": 10**7}, ValueError, "batch_size=10000000: the task has 64 training images, expected at most 256"),
         (3, {}, TypeError, "task 3 is a int: expected what vp.task gives, or its name"), ("digist", {}, ValueError, "unknown task 'digist'.*nearest known: .'digits'"),
     ]:  # fmt: skip
         with pytest.raises(kind, match=message):
-            vp.finetune(model if task is stripes else small, task, "LN1", settings)
+            vp.finetune(model if task is stripes else small, task, "LN1", wrong)
 
 
 def test_two_spellings_of_a_number_are_one_run():
@@ -372,7 +372,19 @@ def test_rows_of_a_tensor_train_and_the_others_keep_every_bit(model, stripes, op
             assert not moved.any(), name
     assert run.n_trained == 12 * 13 + 2 * 13 and run.components == "MHA.v@1"
     by_hand = run.model.blocks[1].attn.qkv.weight.grad[24:].square().sum() + run.model.blocks[1].attn.qkv.bias.grad[24:].square().sum()
-    assert math.isfinite(by_hand) and (run.model.blocks[1].attn.qkv.weight.grad[:24] == 0).all()
+    assert float(by_hand) ** 0.5 == pytest.approx(min(1, run.history.grad_norm.iloc[-1]), rel=1e-9) and (run.model.blocks[1].attn.qkv.weight.grad[:24] == 0).all()
+
+
+def test_a_model_of_which_parts_train_is_saved_like_any_other(stripes, tmp_path):
+    model = tiny_vit(num_classes=2)
+    training, outside = vp.trainable(model, "MHA.v"), vp.trainable(model, "LN1")
+    with vp.trainable(model, "MHA.v"):
+        torch.save(model, tmp_path / "masked.pt")
+    assert not model.blocks[0].attn.qkv.weight.requires_grad and training.masks and not outside.masks
+    assert torch.load(tmp_path / "masked.pt", weights_only=False).blocks[0].attn.qkv.weight.shape == (36, 12)
+    run = vp.finetune(model, stripes, "MHA.v", FAST)
+    run.model(prepare(model, stripes.test.images[:2])).sum().backward()
+    assert (run.model.blocks[0].attn.qkv.weight.grad[:24] != 0).any()  # the model that comes back is a model and no half of one
 
 
 def test_the_trained_part_ends_with_the_context():

@@ -8,9 +8,10 @@ from vitplast._door import door
 
 __all__ = door(
     __name__,
+    layers="Attention Linear Norm evaluating",
     components=(
-        "Anatomy Attention Component INPUTS KINDS Linear Norm anatomy components "
-        "evaluating first fit forward_mode unwrapped visit visit_tokens watching"
+        "Anatomy Component INPUTS KINDS anatomy components first fit forward_mode "
+        "unwrapped visit visit_tokens watching"
     ),
     selection="CHOICES Selection chosen_places needs_model read_selection",
     loading=(

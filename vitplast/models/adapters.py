@@ -25,14 +25,16 @@ from vitplast.models.components import (
     Anatomy,
     Piece,
     anatomy,
-    attention_weights,
     check_norms,
-    is_plain,
-    linear_weights,
     named,
-    norm_weights,
     refuse,
     take_apart,
+)
+from vitplast.models.layers import (
+    attention_weights,
+    is_plain,
+    linear_weights,
+    norm_weights,
 )
 
 # %% ../../nbs/models/adapters.ipynb #7757ca20

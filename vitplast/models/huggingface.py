@@ -20,18 +20,20 @@ from transformers.pytorch_utils import Conv1D
 
 from vitplast.models.components import (
     Anatomy,
-    Linear,
     Piece,
     anatomy,
-    attention_weights,
     check_norms,
+    named,
+    refuse,
+    take_apart,
+)
+from vitplast.models.layers import (
+    Linear,
+    attention_weights,
     is_plain,
     linear_weights,
-    named,
     norm_weights,
-    refuse,
     sent_through,
-    take_apart,
 )
 
 # %% ../../nbs/models/huggingface.ipynb #4eef68e1

@@ -23,10 +23,10 @@ from vitplast.models.components import (
     KINDS,
     Component,
     anatomy,
-    carried,
     refuse,
     unwrapped,
 )
+from .layers import carried
 
 # %% ../../nbs/models/selection.ipynb #f91a4714
 CHOICES = (*KINDS, "all", "head")
@@ -61,7 +61,7 @@ def nearest(value, known) -> str:
     return f"; nearest: {', '.join(lower[n] for n in near)}" if near else ""
 
 # %% ../../nbs/models/selection.ipynb #f964a8d6
-NUMBER, SLICE = r"[+-]?\d+", r"([+-]?\d+)?:([+-]?\d+)?(?::(\d+)?)?"
+NUMBER, SLICE = r"-?\d+", r"(-?\d+)?:(-?\d+)?(?::(\d+)?)?"
 
 
 def read_blocks(text, place, end) -> "int | slice":
@@ -348,9 +348,10 @@ def check_bare(component):
     """
     if layers := carried(component.module):
         raise ValueError(
-            f"{component.name}{'.' * bool(layers[0])}{layers[0]} carries an adapter:"
-            f" to train {component.kind} would thaw the weights under it. Expected a"
-            " model without adapters; peft's merge_and_unload() gives one"
+            f"{component.name}{'.' * bool(layers[0])}{layers[0]} carries an"
+            f" adapter: to train {component.kind} would thaw the weights under it."
+            " Expected a model without adapters; peft's merge_and_unload() gives"
+            " one"
         )
 
 

@@ -57,7 +57,8 @@ def task_contents(name) -> "str | int":
     "What tells one set of images from another of the same name."
     suite = suite_of(name)
     if suite is None:
-        return folder_contents(name)
+        version = PICTURES_VERSION["folder"]
+        return folder_contents(name) + f"-{version}" * (version > 1)
     return PICTURES_VERSION["drawn" if suite == "offline" else "read"]
 
 # %% ../../nbs/runs/grid.ipynb #95fd6bcf
@@ -106,13 +107,21 @@ class RunConfig:
     normalisation: str = "own"
 
     def __post_init__(self):
-        model, name = str(self.model), str(self.task)
+        # a pathlib.Path is a folder, whatever its name
+        model, name = str(self.model), self.task
+        name = str(name.resolve() if isinstance(name, Path) else name)
         check_model(model)
         check_task(name)
         check_name("normalisation", self.normalisation, NORMALISATIONS)
         model = str(Path(model).resolve()) if model.endswith(EXTENSION) else model
         name = str(Path(name).resolve()) if suite_of(name) is None else name
         components = canonical_selection(model, self.components)
+        fixed = self.config.head_lr == 0 and not self.config.final_norm
+        if components == "head" and fixed:
+            raise ValueError(
+                "selection 'head' with head_lr=0: nothing would train, expected"
+                " another selection or another head_lr"
+            )
         for what, value in (
             ("model", model),
             ("task", name),

@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..data import folder_contents
-from ..files import restored
+from ..files import key
 from vitplast.runs.executors import (
     Processes,
     choose,
@@ -308,23 +308,28 @@ def sweep(
             f" {text.strip().splitlines()[-1]}; notes: {store.folder}/*.failed"
         )
     frame = run_frame([state.found[run] for run in asked if run in state.found])
-    frame = frame.assign(edge=on_edge(frame)) if len(frame) else frame
+    if len(frame):
+        parts = frame.groupby("recipe", sort=False)
+        frame["edge"] = pd.concat([on_edge(mine) for _, mine in parts])
     frame.attrs |= {"executor": choice.words, "failed": len(asked) - len(frame)}
     return frame
 
 # %% ../../nbs/runs/sweep.ipynb #4f48ca66
 def of_record(record) -> dict:
     "The columns that say which run a record is of."
-    c = restored(FinetuneConfig, record["config"])
+    c = FinetuneConfig.from_record(record["config"])
     return {
         "model": record["model"],
         "task": record["task"],
         "component": record["components"],
-        "optimizer": c["optimizer"],
-        "steps": c["steps"],
-        "lr": c["lr"],
-        "seed": c["seed"],
-        "clip_head": c["clip_head"],
+        "optimizer": c.optimizer,
+        "steps": c.steps,
+        "lr": c.lr,
+        "seed": c.seed,
+        "clip_head": c.clip_head,
+        "head_lr": c.head_lr,
+        # tells runs apart that differ in more than learning rate and seed
+        "recipe": key(c.recipe() | {"images": record["normalisation"]})[:8],
     }
 
 

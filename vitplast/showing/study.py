@@ -6,6 +6,7 @@
 __all__ = ['FRAMES', 'StudyConfig', 'Study', 'chosen_curves', 'study', 'summary']
 
 # %% ../../nbs/showing/study.ipynb #98363abd
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def study(config: StudyConfig, out, progress=True) -> Study:
     # computed
     store = Store(out / "runs")
     model, made = materials(grid.runs()[0].base())
-    model = model.cpu()
+    model = copy.deepcopy(model).cpu()  # the sweep goes on with its own
     n = min(config.pairs, len(made.train))
     old = prepare(model, pretraining_images(n))
     new = prepare(model, made.train.images[:n])

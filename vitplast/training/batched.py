@@ -97,7 +97,8 @@ def stack_runs(model, task, selection, configs) -> tuple:
     """
     heads = []
     for config in configs:
-        chosen = prepared_head(model, task, selection, config)
+        if not heads or config.head_lr != 0:  # a fitted head is that of all
+            chosen = prepared_head(model, task, selection, config)
         heads.append(
             {n: p.detach().clone() for n, p in anatomy(model).head().items()}
         )

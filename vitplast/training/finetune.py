@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..data import Split, Task, task_for
 from ..models import Selection, anatomy, evaluating, prepare, unwrapped
-from .freezing import trainable, training_mode
+from .freezing import masked, trainable, training_mode
 from .probe import fit_head
 from vitplast.training.recipe import (
     FinetuneConfig,
@@ -333,6 +333,8 @@ def finetune(
         )
         shown = selection.text if progress else None
         history, best = train(model, task, training, config, shown, compiled)
+    for p in training.chosen.values():
+        masked(p, None)
     if best is not None:
         model.load_state_dict(best.state, strict=False)
     return Run(
