@@ -102,9 +102,12 @@ def measured_again(folder, records, sample):
 
 
 def write(folder, records):
-    "Write a store as one file of lines, sorted by key."
+    "Write a store as one file of lines, sorted by key; nothing stays under an old key."
     with replacing(Path(folder) / "runs.jsonl") as file:
         file.write_text("".join(as_line(records[k], k) for k in sorted(records)))
+    for old in Path(folder).glob("*.json*"):
+        if old.name != "runs.jsonl":
+            old.unlink()
 
 
 def rekey(folder, n):

@@ -146,15 +146,6 @@ def test_corrupt_images_are_skipped_on_request(photos):
         assert torch.equal(split.images.float().mean((2, 3)).argmax(1), split.labels)  # labels still fit their images
 
 
-def test_an_empty_folder_and_one_with_splits(tmp_path):
-    with pytest.raises(ValueError, match="0 class folders"):
-        vp.task(tmp_path)
-    for name in ("train", "test"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="expected the class folders themselves"):
-        vp.task(tmp_path)
-
-
 @pytest.mark.parametrize("aspect", [0.2, 0.7, 1.0, 1.5, 6.0])
 def test_boxes_are_distributed_as_torchvisions(aspect):
     """Means and spreads of area, ratio and place of 3,000 crops against torchvision's own sampler."""

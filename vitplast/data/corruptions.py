@@ -7,7 +7,6 @@ __all__ = ['SMALL', 'LARGE', 'LUMA', 'CORRUPTIONS', 'contrast', 'gaussian_noise'
            'corrupt']
 
 # %% ../../nbs/data/corruptions.ipynb #7adc842a
-import difflib
 import math
 import numbers
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .formula import normal, uniform
+from ..files import check_name
 
 # %% ../../nbs/data/corruptions.ipynb #49e5158a
 SMALL = {  # CIFAR-10-C
@@ -136,13 +136,7 @@ def corrupt(images, corruption, severity=5, g=None) -> torch.Tensor:
     severity, or images of another shape or range. Source: Hendrycks and Dietterich
     2019.
     """
-    if str(corruption) not in CORRUPTIONS:
-        near = difflib.get_close_matches(
-            str(corruption), CORRUPTIONS, n=2, cutoff=0.4
-        ) or list(CORRUPTIONS)
-        raise ValueError(
-            f"unknown corruption {corruption!r}; nearest known: {near}"
-        )
+    check_name("corruption", corruption, list(CORRUPTIONS))
     if (
         isinstance(severity, bool)
         or not isinstance(severity, numbers.Integral)

@@ -7,7 +7,6 @@ __all__ = ['HEADER', 'EXTENSION', 'SHIPPED', 'ViTConfig', 'positions', 'build', 
            'load_checkpoint', 'load', 'skeleton', 'prepare']
 
 # %% ../../nbs/models/loading.ipynb #5c0a0edf
-import difflib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +21,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..files import replacing
+from ..files import nearest, replacing
 from .components import unwrapped
 
 # %% ../../nbs/models/loading.ipynb #ad82ef0c
@@ -231,10 +230,8 @@ def load(name, **timm_kwargs) -> nn.Module:
         and name not in timm.list_pretrained()
     ):
         known = shipped() + timm.list_models() + timm.list_pretrained()
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        raise ValueError(
-            f"unknown model {name!r}; nearest known: {near or shipped()}"
-        )
+        near = nearest(name, known) or shipped()
+        raise ValueError(f"unknown model {name!r}; nearest known: {near}")
     if checkpoint := timm_kwargs.get("checkpoint_path"):
         return load_checkpoint(name, checkpoint, **timm_kwargs)
     try:

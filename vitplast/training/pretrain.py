@@ -294,7 +294,7 @@ def publish(run: Pretraining, path) -> dict:
     card = {
         "what": (
             "a small Vision Transformer pretrained on images drawn by formulas"
-            " (vitplast.images)"
+            " (vitplast.data.formula)"
         ),
         "pretraining": asdict(config),
         "steps": run.step,
