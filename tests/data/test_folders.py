@@ -62,6 +62,8 @@ def test_copies_lie_in_one_split_and_are_counted(tmp_path, kind):
                 assert np.sqrt(((small[one][:, None] - small[other]) ** 2).mean(2)).min() > 10
     assert task.test_sources == len(set(originals(task.test.images.numpy()).tolist())) <= len(task.test)
     assert sum(len(getattr(task, s)) for s in SPLITS) == 50
+    with pytest.warns(UserWarning, match="10 of 50 pictures are copies"):  # also when it comes from the cache
+        vp.task(tmp_path, size=16)
 
 
 @settings(max_examples=20, deadline=None)

@@ -113,7 +113,7 @@ def test_command_writes_the_frame_and_the_figure(tmp_path, folder):
     assert len(frame) == 5 * 4 and (frame.n_pairs == 144).all() and (frame.inputs == "native").all() and (frame.model == "formula-vit-tiny").all()
     svg = out.with_suffix(".svg").read_text()
     assert svg.startswith("<svg") and "native inputs" in svg and "theoretical rank" in svg
-    shown = invoke("formula-vit-tiny", "--n", 12, "--json", "--out", out)
+    shown = invoke("formula-vit-tiny", "--n", 12, "--json", "--out", out, "--overwrite")
     rows = json.loads(shown.stdout)
     assert {r["inputs"] for r in rows} == {"embedding", "native"} and len(rows) == 40
 
@@ -121,7 +121,7 @@ def test_command_writes_the_frame_and_the_figure(tmp_path, folder):
 def test_command_measures_an_untrained_timm_model(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((20, 20, 3), 80 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    result = invoke("test_vit", "--untrained", "--n", 3, "--inputs", "embedding", "--target", tmp_path, "--out", tmp_path / "a.csv")
+    result = invoke("test_vit", "--untrained", "--n", 3, "--inputs", "embedding", "--source", "formula", "--target", tmp_path, "--out", tmp_path / "a.csv")
     assert result.exit_code == 0, result.output
     assert pd.read_csv(tmp_path / "a.csv").plasticity.notna().all()
 

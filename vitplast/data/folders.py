@@ -171,14 +171,15 @@ def folder_contents(path) -> str:
 
 # %% ../../nbs/data/folders.ipynb #fe10b5d4
 def by_original(labels, originals, classes, shares) -> list:
-    "Rows of each share, all copies of a picture in one; labels are those of its first."
+    "Rows of each share, all copies of a picture in one, labelled as its first."
     _, first = np.unique(originals, return_index=True)
     parts = split_indices(labels[first], classes, shares)
     return [np.flatnonzero(np.isin(originals, originals[first[p]])) for p in parts]
 
 
 def split_rows(found, labels, given, number) -> tuple:
-    """Rows of the three splits of decoded pictures, and how many copies left theirs.
+    """Rows of the three splits of decoded pictures, and how many copies left
+    theirs.
 
     number: of each picture's original.
     """
@@ -209,15 +210,15 @@ def build_folder(path, found, size, crop, augment, folder, **how) -> dict:
     images, labels = np.load(every, mmap_mode="r"), found.labels[kept]
     given = None if found.given is None else found.given[kept]
     number = originals(images)
-    rows, gone = split_rows(found, labels, given, number)
+    (rows, gone), said = split_rows(found, labels, given, number), []
     if copies := len(number) - len(set(number.tolist())):
         left = f"; {gone} of them left training or validation" * (gone > 0)
-        warnings.warn(
+        said.append(
             f"{path}: {copies} of {len(number)} pictures are copies of others (the"
             f" same, or nearly so); all copies of one lie in one split{left}"
         )
     if given is not None and not (given == 2).any():
-        warnings.warn(f"{path}: no test/ folder; its val/ is the test split")
+        said.append(f"{path}: no test/ folder; its val/ is the test split")
     for name, mine in zip(SPLITS, rows):
         if not len(mine):
             raise ValueError(f"{path}: no picture is left for the {name} split")
@@ -231,7 +232,7 @@ def build_folder(path, found, size, crop, augment, folder, **how) -> dict:
     del images
     Path(every).unlink()
     tested = len(set(number[rows[2]].tolist()))
-    facts = {"classes": found.classes, "test_sources": tested}
+    facts = {"classes": found.classes, "test_sources": tested, "said": said}
     return facts | ({"crop": size} if augment else {})
 
 

@@ -391,7 +391,7 @@ def published_task(
 
 # %% ../../nbs/data/published.ipynb #95858404
 def pair_source(
-    path, n, size=224, seed=0, workers=None, skip_corrupt=False
+    path, n, size=224, seed=0, workers=None, skip_corrupt=False, max_pixels=None
 ) -> torch.Tensor:
     """A random sample of n images below a folder, as bytes (n, 3, size, size), the
     same for the same seed.
@@ -407,7 +407,8 @@ def pair_source(
         files[i] for i in np.random.default_rng(seed).permutation(len(files))[:n]
     ]
     with tempfile.TemporaryDirectory() as folder:
-        decode(chosen, f"{folder}/all.npy", size, CENTRE, workers, skip_corrupt)
+        how = {"skip_corrupt": skip_corrupt, "max_pixels": max_pixels}
+        decode(chosen, f"{folder}/all.npy", size, CENTRE, workers, **how)
         return torch.from_numpy(np.load(f"{folder}/all.npy"))
 
 # %% ../../nbs/data/published.ipynb #6402bed0

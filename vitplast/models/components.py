@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'ADAPTERS', 'INPUTS', 'only_tokens', 'first', 'Component', '
            'take_apart', 'forward_mode', 'fit', 'watching', 'visit_tokens', 'visit']
 
 # %% ../../nbs/models/components.ipynb #f576a859
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import singledispatch
@@ -146,6 +147,12 @@ def check_images(parts, x, what):
         raise ValueError(
             f"{what}: {int((~torch.isfinite(x)).sum())} values are NaN or infinite,"
             " expected finite numbers"
+        )
+    if len(x) and x.min() >= 0 and x.max() > 20:
+        warnings.warn(
+            f"{what}: values from {x.min():g} to {x.max():g} look like bytes;"
+            " expected normalised images, as vitplast.models.prepare(model, bytes)"
+            " makes them"
         )
 
 

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'EXTENSION', 'SHIPPED', 'ViTConfig', 'positions', 'build', 'save', 'read', 'load_local', 'shipped', 'card',
-           'load_checkpoint', 'load', 'skeleton', 'prepare']
+           'load_checkpoint', 'no_waiting', 'load', 'skeleton', 'prepare']
 
 # %% ../../nbs/models/loading.ipynb #5c0a0edf
 import json
 import math
+import socket
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import safetensors
 import timm
@@ -89,6 +93,7 @@ def build(config: ViTConfig, seed=0) -> VisionTransformer:
         "input_size": (3, config.size, config.size),
         "mean": (config.mean,) * 3,
         "std": (config.std,) * 3,
+        "pretraining": "formula",  # the images that `measure` takes as the old ones
     }
     return model.eval()
 
@@ -197,6 +202,23 @@ def load_checkpoint(name, path, **timm_kwargs) -> nn.Module:
         raise ValueError(f"{path}: no weights for {name} ({error})") from None
 
 # %% ../../nbs/models/loading.ipynb #db09d1c7
+@contextmanager
+def no_waiting():
+    "Do not ask a hub again and again whose name cannot even be looked up."
+    from huggingface_hub import constants
+
+    before, host = constants.HF_HUB_OFFLINE, urlsplit(constants.ENDPOINT).hostname
+    if not before and not getproxies().get("https"):
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 
@@ -235,18 +257,20 @@ def load(name, **timm_kwargs) -> nn.Module:
     if checkpoint := timm_kwargs.get("checkpoint_path"):
         return load_checkpoint(name, checkpoint, **timm_kwargs)
     try:
-        return timm.create_model(name, **{"pretrained": True} | timm_kwargs).eval()
+        with no_waiting():
+            return timm.create_model(
+                name, **{"pretrained": True} | timm_kwargs
+            ).eval()
     except RuntimeError as error:
         raise ValueError(
             f"{name!r}: {error}; pretrained=False gives random weights"
         ) from None
     except OSError as error:  # what the hub's client raises without a network
         raise FileNotFoundError(
-            f"weights of {name!r} could not be fetched ({type(error).__name__})."
-            ' Where there is a network, run\n    python -c "import timm;'
-            f" timm.create_model('{name}', pretrained=True)\"\nand copy its cache"
-            " here, or pass checkpoint_path=..., or pretrained=False for random"
-            " weights"
+            f"weights of {name!r} are not in the cache and could not be fetched"
+            f" ({type(error).__name__}): expected a network, its cache copied from"
+            " where there is one, checkpoint_path=... with a safetensors file, or"
+            " pretrained=False for random weights"
         ) from None
 
 # %% ../../nbs/models/loading.ipynb #3db8cc3c

@@ -9,7 +9,7 @@ __all__ = door(
     __name__,
     store="Store as_line",
     grid=(
-        "FURTHER Grid PRESETS RunConfig all_runs model_contents read_grids "
+        "FURTHER Grid PRESETS RunConfig all_runs model_contents read_grids several "
         "task_contents"
     ),
     executors="EXECUTORS choose cores materials one_thread versions",

@@ -10,6 +10,7 @@ __all__ = ['NORMALISATIONS', 'FURTHER', 'CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMA
 
 # %% ../../nbs/runs/grid.ipynb #546d2379
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
@@ -107,6 +108,12 @@ class RunConfig:
     normalisation: str = "own"
 
     def __post_init__(self):
+        for what in ("model", "task"):
+            if not isinstance(given := getattr(self, what), (str, Path)):
+                raise TypeError(
+                    f"{what}: a {type(given).__name__}, expected a name or a path,"
+                    " which other processes can read"
+                )
         # a pathlib.Path is a folder, whatever its name
         model, name = str(self.model), self.task
         name = str(name.resolve() if isinstance(name, Path) else name)
@@ -242,6 +249,8 @@ class Grid:
         """
         for name in d:
             check_name("setting", name, [f.name for f in fields(cls)])
+        if "tasks" not in d:
+            raise ValueError("no tasks: expected a list of them, or of one")
         return cls(
             **d
             | (
@@ -281,8 +290,27 @@ def further_rate(given, tried, best) -> "float | None":
 
 # %% ../../nbs/runs/grid.ipynb #8c3b9bee
 def several(grids) -> list:
-    "Grids and runs as a list, whether they came as one grid or as several."
-    return [grids] if isinstance(grids, Grid) else list(grids)
+    """Grids and runs as a list, from one or several of them, or the name of a
+    preset or of a JSON file.
+    """
+    if isinstance(grids, (str, Path)):
+        if not Path(grids).is_file():
+            check_name("preset or file", str(grids), list(PRESETS))
+            return list(PRESETS[str(grids)])
+        grids = read_grids(grids)
+    found = [grids] if isinstance(grids, (Grid, RunConfig)) else grids
+    if not isinstance(found, Iterable):
+        raise TypeError(f"grid {found!r:.80}: expected a vp.Grid or several")
+    found = list(found)
+    if not found:
+        raise ValueError("no grids: expected at least one")
+    for one in found:
+        if not isinstance(one, (Grid, RunConfig)):
+            raise TypeError(
+                f"grid {one!r:.80} is a {type(one).__name__}: expected a vp.Grid,"
+                f" or the name of a preset {list(PRESETS)}"
+            )
+    return found
 
 
 def all_runs(grids) -> list:
@@ -298,6 +326,8 @@ def read_grids(path) -> tuple:
     try:
         found = json.loads(Path(path).read_text())
         found = found if isinstance(found, list) else [found]
+        if not found or not all(isinstance(d, dict) and d for d in found):
+            raise ValueError('expected {"tasks": [...], ...} or a list of those')
         return tuple(Grid.from_dict(d) for d in found)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a list of grids ({error})") from None

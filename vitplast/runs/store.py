@@ -50,10 +50,11 @@ class Store:
     the same.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, create=True):
         self.folder = Path(folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ValueError(
                 f"{self.folder}: expected a folder for the store, found a file on"

@@ -249,10 +249,10 @@ def extended_arms(grids, extend) -> dict:
 
 
 def other_versions(store) -> int:
-    "How many runs a store holds that another version of the training computed."
+    "How many runs a Store holds that another version of the training computed."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is damaged is named where it is read
-        found = Store(store).records().values()
+        found = store.records().values()
     return sum(
         "history" in r and r.get("training") != TRAINING_VERSION for r in found
     )
@@ -279,8 +279,9 @@ def sweep(
     lies there. A run that raises is noted in the store, a warning counts such runs
     at the end, and the next sweep tries them again.
     """
-    store, grids = Store(store), several(grid)
+    grids = several(grid)
     runs, choice = all_runs(grids), choose(executor, workers)
+    store = Store(store)
     folder_contents.cache_clear()
     if old := other_versions(store):
         warnings.warn(

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_BOUND', 'Domain', 'measure', 'join', 'measure_domains', 'norm_row', 'linear_row', 'attention_row',
-           'bound_row', 'check_positive', 'check_weights', 'check_tokens', 'check_radius', 'check_domain', 'same_as',
-           'bounds']
+           'bound_row', 'check_positive', 'check_tokens', 'check_radius', 'check_domain', 'same_as', 'bounds']
 
 # %% ../../nbs/theory/bounds.ipynb #f426623c
 import math
@@ -37,7 +36,7 @@ from vitplast.theory.attention import (
 )
 from .linear import linear_bound
 from .norms import norm_bound, spreads
-from .plasticity import image_batches
+from .plasticity import check_weights, image_batches
 
 # %% ../../nbs/theory/bounds.ipynb #2e5c2569
 KINDS_OF_BOUND = ("published", "sharp", "hull")
@@ -224,16 +223,6 @@ def check_positive(name, value):
     number = isinstance(value, Real) and not isinstance(value, bool)
     if value is not None and not (number and math.isfinite(value) and value > 0):
         raise ValueError(f"{name}={value!r}: expected a positive number")
-
-
-def check_weights(parts):
-    "ValueError for a component whose weights are not finite."
-    for c in parts.components:
-        if any(
-            isinstance(m, torch.Tensor) and not m.isfinite().all()
-            for m in c.weights()
-        ):
-            raise ValueError(f"{c}: its weights are NaN or infinite")
 
 
 def check_tokens(component, tokens):

@@ -14,9 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from ..models import Attention, Linear, Norm, anatomy, evaluating, watching
 from .attention import column_sum, extremes, score_width
-from .bounds import check_tokens, check_weights
+from .bounds import check_tokens
 from .linear import spectral_norm
 from .norms import spreads
+from .plasticity import check_weights
 
 # %% ../../nbs/theory/gradients.ipynb #fe99f1d9
 def with_ones(rows) -> torch.Tensor:

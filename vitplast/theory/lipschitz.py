@@ -28,10 +28,9 @@ from vitplast.theory.bounds import (
     check_positive,
     check_radius,
     check_tokens,
-    check_weights,
 )
 from .norms import spreads
-from .plasticity import image_batches
+from .plasticity import check_weights, image_batches
 
 # %% ../../nbs/theory/lipschitz.ipynb #ceb69437
 def norm_of(tokens) -> torch.Tensor:
