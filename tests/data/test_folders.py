@@ -172,7 +172,7 @@ def test_large_pictures_are_refused_with_the_way_out(tmp_path):
     (lambda p: (p / "train").mkdir() or (p / "test").mkdir(), "(train|test): 0 class folders"), (lambda p: fill(p, n=2), "class 'bird' has 2 images: expected at least 3"),
     (lambda p: [fill(p / part, n=4, start=i) for i, part in ((0, "train"), (20, "test"), (40, "more"))], r"holds \['more'\] beside its splits, expected train/, val/ and test/, or class folders"),
     (lambda p: [fill(p / "train", n=4), fill(p / "test", ("bird", "dog"), n=4, start=20)], "test: class 'dog' is not among the training classes"),
-    (lambda p: [shutil.copy(fill(p, n=1) / "cat/0-0.png", p / "cat" / f"{i}.png") for i in range(9)] and fill(p, ("bird",), n=9), "class 'cat' has 1 image: expected at least 3"),
+    (lambda p: [shutil.copy(fill(p, n=1) / "cat/0-0.png", p / "cat" / f"{i}.png") for i in range(9)] and fill(p, ("bird",), n=9), "class 'cat' has 1 image: expected at least 3.*; copies of a picture count once, in the class of the first of them"),
 ])  # fmt: skip
 def test_folders_that_are_no_task(tmp_path, make, message):
     make(tmp_path)

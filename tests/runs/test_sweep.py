@@ -471,7 +471,7 @@ def test_pictures_and_weights_that_change_are_read_again(tmp_path):
         for name in ("a", "b"):
             (tmp_path / name).mkdir(exist_ok=True)
             for i in range(5):
-                Image.new("L", (8, 8), state + i).save(tmp_path / name / f"{i}.png")
+                Image.new("L", (8, 8), state + i + 10 * (name == "b")).save(tmp_path / name / f"{i}.png")
         folder_contents.cache_clear()
         task = materials(replace(run, task=str(tmp_path)).base())[1]
-        assert abs(int(task.train.images.float().mean()) - state) < 5
+        assert abs(int(task.train.images.float().mean()) - state) < 20

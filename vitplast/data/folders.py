@@ -173,7 +173,12 @@ def folder_contents(path) -> str:
 def by_original(labels, originals, classes, shares) -> list:
     "Rows of each share, all copies of a picture in one, labelled as its first."
     _, first = np.unique(originals, return_index=True)
-    parts = split_indices(labels[first], classes, shares)
+    try:
+        parts = split_indices(labels[first], classes, shares)
+    except ValueError as error:
+        once = "; copies of a picture count once, in the class of the first of them"
+        more = once * (len(first) < len(labels))
+        raise ValueError(f"{error}{more}") from None
     return [np.flatnonzero(np.isin(originals, originals[first[p]])) for p in parts]
 
 
