@@ -420,6 +420,10 @@ def sweep(
     vitplast sweep offline --store results/offline
 
     vitplast sweep paper --executor ray --compile
+
+    A grid of your own is a JSON file such as
+
+    {"tasks": ["photos"], "selections": ["MHA", "FC1@-2:"], "lrs": [0.03, 0.1]}
     """
     from vitplast.runs import (
         SELECTIONS,
