@@ -110,6 +110,7 @@ def test_grids_in_files(text, tmp_path, monkeypatch):
 COMMANDS = {
     "the old images of a foreign network": (["measure", "test_vit", "--untrained"], "source: expected the pictures that this model was pretrained on"),
     "old images that are the new ones": (["measure", "formula-vit-tiny", "--source", "digits"], "source and target are both 'digits'"),
+    "one folder in two spellings": (["measure", "formula-vit-tiny", "--source", ".", "--target", "./"], "source and target are both"),
     "an empty target": (["measure", "formula-vit-tiny", "--target", ""], "unknown task ''"),
     "a file that is there": (["measure", "formula-vit-tiny", "--out", "there.csv"], "--out there.csv: exists; --overwrite replaces it"),
     "a folder that is not": (["measure", "formula-vit-tiny", "--out", "no/where.csv"], "--out no/where.csv: expected an existing folder"),

@@ -56,7 +56,7 @@ def chosen_device(name) -> str:
         )
     return devices[-1] if name == "auto" else name
 
-
+# %% ../nbs/cli.ipynb #c844a548
 @app.callback(invoke_without_command=True)
 def main(
     version: bool = typer.Option(False, "--version", help="Print the version."),
@@ -321,7 +321,7 @@ def show_plan(runs, store, choice, more, as_json):
             " and do not count"
         )
 
-
+# %% ../nbs/cli.ipynb #4a73d107
 def show_tables(frame, probes, selection):
     "Print the accuracies of a sweep, a table per model and optimiser."
     from vitplast.runs import accuracy_table, summarise
@@ -359,7 +359,7 @@ def show_edges(frame, extended):
             f" ({named}{', ...' * (len(arms) > 5)}); {helps}"
         )
 
-
+# %% ../nbs/cli.ipynb #ac5962bd
 @app.command()
 def sweep(
     plan: str = typer.Argument(

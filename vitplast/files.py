@@ -79,7 +79,7 @@ def canonical(config) -> str:
     found = config if isinstance(config, dict) else settings(config)
     return json.dumps(found, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
-
+# %% ../nbs/files.ipynb #189af97a
 def key(config) -> str:
     "Sixteen hexadecimal digits that name a configuration."
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]

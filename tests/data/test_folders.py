@@ -116,6 +116,12 @@ def test_folders_of_splits_are_read_as_they_are(tmp_path, names, sizes, said):
     assert sides(task)[2] == last
 
 
+def test_a_train_is_a_class_where_it_holds_pictures(tmp_path):
+    fill(tmp_path, ("boat", "train", "test"), n=5)
+    task = vp.task(tmp_path, size=16)
+    assert task.classes == ("boat", "test", "train") and sum(len(getattr(task, s)) for s in SPLITS) == 15
+
+
 def test_what_lies_deeper_is_read_and_what_is_left_out_is_said(tmp_path):
     fill(tmp_path, n=5)
     (tmp_path / "cat/from the shelter/2024").mkdir(parents=True)
@@ -169,7 +175,8 @@ def test_large_pictures_are_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize("make, message", [
     (lambda p: None, "0 class folders, expected at least 2"), (lambda p: fill(p, ("cat",)), "1 class folders, expected at least 2"),
-    (lambda p: (p / "train").mkdir() or (p / "test").mkdir(), "(train|test): 0 class folders"), (lambda p: fill(p, n=2), "class 'bird' has 2 images: expected at least 3"),
+    (lambda p: [(p / part / "cat").mkdir(parents=True) for part in ("train", "test")], "(train|test): 1 class folders"),
+    (lambda p: [fill(p / "train", n=4), fill(p / "test", n=4, start=20), shutil.rmtree(p / "train/cat"), shutil.copytree(p / "test/cat", p / "train/cat")], "no picture of class 'cat' is left for training"), (lambda p: fill(p, n=2), "class 'bird' has 2 images: expected at least 3"),
     (lambda p: [fill(p / part, n=4, start=i) for i, part in ((0, "train"), (20, "test"), (40, "more"))], r"holds \['more'\] beside its splits, expected train/, val/ and test/, or class folders"),
     (lambda p: [fill(p / "train", n=4), fill(p / "test", ("bird", "dog"), n=4, start=20)], "test: class 'dog' is not among the training classes"),
     (lambda p: [shutil.copy(fill(p, n=1) / "cat/0-0.png", p / "cat" / f"{i}.png") for i in range(9)] and fill(p, ("bird",), n=9), "class 'cat' has 1 image: expected at least 3.*; copies of a picture count once, in the class of the first of them"),

@@ -17,6 +17,8 @@ from scipy.spatial import cKDTree
 
 # %% ../../nbs/data/copies.ipynb #f32eac7c
 NEAR = 4.0  # steps of 255, root mean square over a small picture
+
+
 OF_CONTRAST = 0.06  # and no more than this share of its own standard deviation
 
 
@@ -42,7 +44,7 @@ def near_pairs(small) -> np.ndarray:
         found.append(rows[(apart <= NEAR) & (apart <= OF_CONTRAST * least)])
     return np.concatenate(found)
 
-
+# %% ../../nbs/data/copies.ipynb #855f137d
 def originals(images) -> np.ndarray:
     """For each picture of bytes (N, 3, S, S) the number of its original: copies and
     near-copies share one, numbered in the order of their first picture.

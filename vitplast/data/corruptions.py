@@ -126,7 +126,7 @@ CORRUPTIONS = {
     for f in (contrast, gaussian_noise, motion_blur, snow, speckle_noise)
 }
 
-
+# %% ../../nbs/data/corruptions.ipynb #619161c2
 def corrupt(images, corruption, severity=5, g=None) -> torch.Tensor:
     """Corrupt images (N, 3, H, W), floats in [0, 1] or bytes; the same kind comes
     back.

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LAYOUT', 'FOREIGN', 'SETTLED', 'Found', 'is_image', 'below', 'subfolders', 'class_folders', 'say_what_is_left_out',
-           'find_pictures', 'folder_contents', 'by_original', 'split_rows', 'build_folder', 'folder_task']
+           'holds_classes', 'find_pictures', 'folder_contents', 'by_original', 'split_rows', 'build_folder',
+           'folder_task']
 
 # %% ../../nbs/data/folders.ipynb #9c441732
 import json
@@ -42,6 +43,8 @@ LAYOUT = {
     "validation": 1,
     "test": 2,
 }  # name of a folder -> number of its split
+
+
 # pictures that are not read
 FOREIGN = (
     ".heic .heif .avif .jxl .jp2 .psd .svg .tga .raw .cr2 .nef .arw .dng .pdf"
@@ -63,7 +66,7 @@ def is_image(path) -> bool:
     """
     return path.suffix.lower() in IMAGE_FILES and not path.name.startswith(".")
 
-
+# %% ../../nbs/data/folders.ipynb #14e1ac37
 def below(path, wanted) -> list:
     "Files below a folder for which `wanted` is true, in no hidden folder, sorted."
     return sorted(
@@ -97,7 +100,7 @@ def class_folders(path) -> tuple:
         )
     return classes, [sorted(groups[c]) for c in classes]
 
-
+# %% ../../nbs/data/folders.ipynb #fa991b61
 def say_what_is_left_out(path, folders):
     "Warn of pictures that lie in no class folder, and of kinds that are not read."
     loose = [f for p in folders for f in p.iterdir() if f.is_file() and is_image(f)]
@@ -114,11 +117,20 @@ def say_what_is_left_out(path, folders):
             )
 
 
+def holds_classes(path) -> bool:
+    "Whether a folder holds folders and no pictures, as a split does."
+    return bool(subfolders(path)) and not any(map(is_image, path.iterdir()))
+
+# %% ../../nbs/data/folders.ipynb #8ecc2b69
 def find_pictures(path) -> Found:
-    "What lies in a folder of class folders, or of splits of them."
+    """What lies in a folder of class folders, or of splits of them.
+
+    A folder called train that holds pictures is a class: there are trains.
+    """
     path = Path(path)
     parts = {p: LAYOUT.get(p.name.lower()) for p in subfolders(path)}
-    if 0 not in parts.values() or set(parts.values()) == {0}:
+    trained = [p for p, number in parts.items() if number == 0]
+    if not any(map(holds_classes, trained)) or len(parts) == len(trained):
         classes, groups = class_folders(path)
         say_what_is_left_out(path, [path])
         labels = np.repeat(np.arange(len(classes)), [len(g) for g in groups])
@@ -154,7 +166,7 @@ def folder_contents(path) -> str:
     note = cache_folder() / "contents" / f"{key({'folder': str(path)})}.json"
     with suppress(OSError, ValueError):
         noted = json.loads(note.read_text())
-    for file in sorted(f for f in path.rglob("*") if is_image(f)):
+    for file in below(path, is_image):
         state, name = file.stat(), file.relative_to(path).as_posix()
         stamp = [state.st_size, state.st_mtime_ns]
         known = noted.get(name, [None])
@@ -186,7 +198,8 @@ def split_rows(found, labels, given, number) -> tuple:
     """Rows of the three splits of decoded pictures, and how many copies left
     theirs.
 
-    number: of each picture's original.
+    number: of each picture's original. ValueError if a class loses all its training
+    pictures.
     """
     if given is None:
         return by_original(labels, number, found.classes, (0.6, 0.2, 0.2)), 0
@@ -198,6 +211,9 @@ def split_rows(found, labels, given, number) -> tuple:
         seen = np.concatenate([number[rows[j]] for j in later])
         stays = ~np.isin(number[rows[i]], seen)
         rows[i], gone = rows[i][stays], gone + int((~stays).sum())
+    if left := set(range(len(found.classes))) - set(labels[rows[0]].tolist()):
+        name = found.classes[min(left)]
+        raise ValueError(f"no picture of class {name!r} is left for training")
     if not len(rows[1]):
         mine = rows[0]
         parts = by_original(labels[mine], number[mine], found.classes, (0.8, 0.2))
@@ -240,7 +256,7 @@ def build_folder(path, found, size, crop, augment, folder, **how) -> dict:
     facts = {"classes": found.classes, "test_sources": tested, "said": said}
     return facts | ({"crop": size} if augment else {})
 
-
+# %% ../../nbs/data/folders.ipynb #0eec01b5
 def folder_task(
     path,
     size=224,

@@ -6,6 +6,8 @@
 __all__ = ['FORMULA', 'DISTRIBUTIONS', 'SEVERITY', 'named_images', 'matched', 'draw_pairs', 'source_of', 'measure']
 
 # %% ../../nbs/data/measuring.ipynb #2ebf7448
+from pathlib import Path
+
 import pandas as pd
 import torch
 
@@ -55,9 +57,11 @@ DISTRIBUTIONS = (
     "corrupted",
     "augmented",
 )
+
+
 SEVERITY = 3  # of the corruptions, the middle of five
 
-
+# %% ../../nbs/data/measuring.ipynb #f982be85
 def matched(target: Split, distribution, g) -> tuple:
     "Rows (k,), (k,) of pairs within one class or of two classes."
     if target.labels is None:
@@ -87,7 +91,7 @@ def matched(target: Split, distribution, g) -> tuple:
     order = torch.randperm(int(keep.sum()), generator=g)
     return first[keep][order], second[keep][order]
 
-
+# %% ../../nbs/data/measuring.ipynb #6c253384
 def draw_pairs(distribution, target: Split, n, source=None, seed=0) -> tuple:
     """Bytes x, y (n, 3, H, W) of n pairs from images of the target, and of the
     source for "source-target".
@@ -145,14 +149,20 @@ def source_of(model, source, target, pairs):
                 f" or {FORMULA!r} for pictures drawn by formulas"
             )
         source = FORMULA
-    if pairs != "all" and str(source) == str(target):
+    folders = known_as(source)[1] and known_as(target)[1]
+    same = (
+        Path(source).resolve() == Path(target).resolve()
+        if folders
+        else (str(source) == str(target))
+    )
+    if pairs != "all" and same:
         raise ValueError(
             f"source and target are both {str(target)!r}, so every picture would be"
             ' compared with itself: expected two, or distribution="target"'
         )
     return source
 
-
+# %% ../../nbs/data/measuring.ipynb #b6a2e0cc
 def measure(
     model,
     target,

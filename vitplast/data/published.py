@@ -21,7 +21,7 @@ from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
 from .corruptions import CORRUPTIONS
-from .folders import class_folders, is_image
+from .folders import below, class_folders, is_image
 from vitplast.data.reading import (
     CENTRE,
     PICTURES_VERSION,
@@ -148,7 +148,7 @@ def flowers(root) -> Source:
         tuple(np.split(np.arange(ends[2]), ends[:2])),
     )
 
-
+# %% ../../nbs/data/published.ipynb #046c1682
 def pet(root) -> Source:
     "Oxford-IIIT Pet: its trainval split is cut in two."
     parts = [datasets.OxfordIIITPet(root, split) for split in ("trainval", "test")]
@@ -398,7 +398,7 @@ def pair_source(
 
     Raises ValueError if the folder holds fewer, or images that cannot be read.
     """
-    files = sorted(f for f in Path(path).rglob("*") if is_image(f))
+    files = below(Path(path), is_image)
     if len(files) < n:
         raise ValueError(
             f"{path}: {len(files):,} images below it, expected at least {n:,}"

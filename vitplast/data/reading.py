@@ -62,7 +62,7 @@ def check_split(name, split, n_classes):
             f" {n_classes} classes"
         )
 
-
+# %% ../../nbs/data/reading.ipynb #f6215332
 @dataclass(frozen=True, eq=False)
 class Task:
     """A classification task in three splits.
@@ -170,7 +170,7 @@ def rgb(image) -> Image.Image:
         )
     return image.convert("RGB")
 
-
+# %% ../../nbs/data/reading.ipynb #e7ff094c
 def square(image, size, part=1.0) -> np.ndarray:
     """An RGB image as bytes (3, size, size): the given part of its centre square,
     or, where `part` is None, the whole squeezed.
@@ -197,7 +197,7 @@ def at_most(pixels):
     finally:
         Image.MAX_IMAGE_PIXELS = before
 
-
+# %% ../../nbs/data/reading.ipynb #28814e8f
 def read_image(source, size, part=1.0, max_pixels=None) -> tuple:
     """One image file, or array (H, W, 3), as RGB bytes (3, size, size), and its
     width over its height; ValueError naming a file that cannot be read, or that has
@@ -318,7 +318,7 @@ def decode(
 # share of the short side that the centre crop of the published images keeps
 CENTRE = 0.875
 
-
+# %% ../../nbs/data/reading.ipynb #a075ee36
 @dataclass(frozen=True, eq=False)
 class RandomCrops:
     "Random resized crops and mirror images of squeezed squares, a batch at a time."
@@ -462,7 +462,7 @@ def said_again(folder) -> Task:
         warnings.warn(text)
     return made
 
-
+# %% ../../nbs/data/reading.ipynb #639d0da9
 def cached(name, decides: dict, build) -> Task:
     """The task that `build(folder)` makes, from the cache if it was made before.
 

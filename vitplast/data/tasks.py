@@ -53,7 +53,7 @@ def known_as(name) -> tuple:
     suite = None if isinstance(name, Path) else suite_of(str(name))
     return suite, suite is None and str(name) != "" and Path(name).is_dir()
 
-
+# %% ../../nbs/data/tasks.ipynb #e0620927
 def task(name, size=None, **options) -> Task:
     """A task by name, or from a folder of class folders.
 

@@ -73,7 +73,7 @@ def check_mlp(model, mlp):
             "its MLP normalises between the layers or is made of convolutions",
         )
 
-
+# %% ../../nbs/models/adapters.ipynb #68da03ae
 def timm_pieces(model, block, weights, **arguments) -> dict:
     "The five pieces of a timm block; `weights` are those of its attention."
     check_attention(model, block.attn)
@@ -113,7 +113,7 @@ def timm_reset_head(model):
 
     return reset
 
-
+# %% ../../nbs/models/adapters.ipynb #c5fe705f
 @anatomy.register
 def timm_vision_transformer(model: VisionTransformer) -> Anatomy:
     "The anatomy of a pre-norm timm VisionTransformer."
@@ -185,7 +185,7 @@ def eva_rotation(model, i, attn):
 
     return turn
 
-
+# %% ../../nbs/models/adapters.ipynb #4ecc113d
 def eva_weights(model, i, attn):
     """The matrices of an attention of Eva, with fused or separate queries, keys and
     values.
@@ -273,7 +273,7 @@ def multihead_weights(attn):
         (d // heads) ** -0.5,
     )
 
-
+# %% ../../nbs/models/adapters.ipynb #6d0f06e5
 @anatomy.register
 def torchvision_vision_transformer(model: TorchvisionViT) -> Anatomy:
     "The anatomy of a torchvision VisionTransformer."

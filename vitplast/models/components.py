@@ -155,7 +155,7 @@ def check_images(parts, x, what):
             " makes them"
         )
 
-
+# %% ../../nbs/models/components.ipynb #b58f5691
 def check_sequences(parts, x, what):
     """ValueError or TypeError unless x are whole numbers (N, n) within the model's
     vocabulary and context.
@@ -214,7 +214,7 @@ def adapter_of(model):
     adapter = anatomy.dispatch(type(model))
     return None if adapter is anatomy.dispatch(object) else adapter
 
-
+# %% ../../nbs/models/components.ipynb #fd9ebc35
 def held_inside(model) -> str:
     "Which part of a model is covered, and what lies outside of it; '' if none is."
     for name, part in model.named_modules():
@@ -236,7 +236,7 @@ def held_inside(model) -> str:
             )
     return ""
 
-
+# %% ../../nbs/models/components.ipynb #77e56094
 @singledispatch
 def anatomy(model) -> Anatomy:
     """Take a model apart, also inside torch.compile, DataParallel or peft's
@@ -306,7 +306,7 @@ class Piece(NamedTuple):
     weights: Callable
     arguments: Callable = only_tokens
 
-
+# %% ../../nbs/models/components.ipynb #a944431f
 def take_apart(model, prefix, describe, allowed=()) -> tuple:
     """The components of the blocks under `prefix`, and the parameters there that
     belong to none.

@@ -149,7 +149,7 @@ def conv1d_weights(layer) -> Linear:
         return sent_through(layer)
     return Linear(layer.weight.T, layer.bias)
 
-
+# %% ../../nbs/models/huggingface.ipynb #d2878bda
 @anatomy.register(GPT2Model)
 @anatomy.register(GPT2LMHeadModel)
 @anatomy.register(GPT2ForSequenceClassification)

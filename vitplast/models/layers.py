@@ -102,7 +102,7 @@ def sent_through(layer) -> Linear:
         )
     return Linear(W, bias)
 
-
+# %% ../../nbs/models/layers.ipynb #0a43bd46
 def linear_weights(layer) -> Linear:
     """The matrix and bias with which a linear layer computes: its own, or, where
     something wraps it (adapters, quantisation), those it shows from outside.

@@ -218,7 +218,7 @@ def no_waiting():
     finally:
         constants.HF_HUB_OFFLINE = before
 
-
+# %% ../../nbs/models/loading.ipynb #421c6b4f
 def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 

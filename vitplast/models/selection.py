@@ -75,7 +75,7 @@ def read_blocks(text, place, end) -> "int | slice":
         wrong(text, place, "a slice with a step of at least 1")
     return slice(start, stop, step)
 
-
+# %% ../../nbs/models/selection.ipynb #cef86e99
 def read_item(text, start, end) -> Item:
     "The item that stands in a text from one place to another."
     while start < end and text[start].isspace():
@@ -108,7 +108,7 @@ def needs_model(item) -> bool:
     """
     return item.blocks is not None or item.what not in CHOICES
 
-
+# %% ../../nbs/models/selection.ipynb #ad352287
 def read_selection(text) -> list:
     "The items of a selection; ValueError with the place of what cannot be read."
     items, start = [], 0
@@ -149,7 +149,7 @@ def spelled(kind, atoms) -> list:
             found, covered = [*found, part], covered | mine
     return found
 
-
+# %% ../../nbs/models/selection.ipynb #8b996da1
 def as_runs(blocks, depth, whole="") -> list:
     "Block numbers as the shortest texts, '@0:2' and '@4'; `whole` for all of them."
     blocks = sorted(blocks)
@@ -178,7 +178,7 @@ def block_numbers(item, depth) -> range:
         wrong(item.text, item.place, f"at least one block: {of}")
     return found
 
-
+# %% ../../nbs/models/selection.ipynb #52e0d380
 def canonical_text(atoms, depth) -> str:
     "The one text of a set of atoms: {(block, kind or 'rest'): atoms}."
     whole = {kind: atoms_of(kind) for kind in KINDS}
@@ -303,7 +303,7 @@ class Weights(nn.Module):
     def forward(self):
         return self.read()
 
-
+# %% ../../nbs/models/selection.ipynb #94716c76
 def places(component, atoms) -> dict:
     """Where atoms lie: full name of a parameter -> None (all of it) or a mask of
     its shape.
@@ -340,7 +340,7 @@ def block_prefix(parts, block) -> str:
     shared = [a for a, *others in zip(*names) if all(a == o for o in others)]
     return ".".join(shared) + "."
 
-
+# %% ../../nbs/models/selection.ipynb #e7ce5ea2
 def check_bare(component):
     """ValueError for a component with adapters: to train it would thaw the weights
     that they leave alone.
@@ -353,7 +353,7 @@ def check_bare(component):
             " one"
         )
 
-
+# %% ../../nbs/models/selection.ipynb #bb2aab8a
 def chosen_places(selection, model, head=True, final_norm=False) -> dict:
     """What a selection trains in a model: full names, in the model's order -> None
     or a mask.

@@ -56,7 +56,7 @@ def timed_step(run) -> float:
             ends.append(time.perf_counter())
     return (ends[-1] - ends[0]) / (len(ends) - 1) / images / arithmetic(name)
 
-
+# %% ../../nbs/runs/estimates.ipynb #d4869820
 def seconds_left(runs, store, slots) -> float:
     """Estimated seconds for runs that are not in the store, with `slots` of them at
     a time.

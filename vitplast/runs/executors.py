@@ -68,7 +68,7 @@ def versions() -> dict:
     }
     return found | {"python": platform.python_version()}
 
-
+# %% ../../nbs/runs/executors.ipynb #1fb83a6f
 def as_record(run, result, together) -> dict:
     "The record of a run: what was asked, what came out, and where."
     where = hardware("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +96,7 @@ def train_group(runs, compiled) -> list:
         ]
     return records
 
-
+# %% ../../nbs/runs/executors.ipynb #9d79e813
 def compute(runs, compiled=False) -> list:
     "What came of runs of one group, in order: ('record', dict) or ('error', text)."
     if len(runs) > 1:
@@ -162,7 +162,7 @@ def one_thread():
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../../nbs/runs/executors.ipynb #a8327d1a
 class Here(Executor):
     "This process: a call has been computed when `submit` returns."
 
@@ -197,7 +197,7 @@ class Processes(Executor):
             self.writer.close()
         self.pool.shutdown(wait, cancel_futures=cancel_futures)
 
-
+# %% ../../nbs/runs/executors.ipynb #38eea482
 class Cluster(Executor):
     "A Ray cluster: the one that this process is connected to, or else a local one."
 
@@ -235,7 +235,7 @@ class Cluster(Executor):
         if self.started:
             self.ray.shutdown()
 
-
+# %% ../../nbs/runs/executors.ipynb #f697ae98
 def on_one_thread(function, *args):
     "Call a function with one CPU thread, in a worker of Ray, which may be old."
     folder_contents.cache_clear()
@@ -251,7 +251,7 @@ class Choice(NamedTuple):
     together: bool  # whether the runs of a group are one call
     words: str
 
-
+# %% ../../nbs/runs/executors.ipynb #67576974
 def choose(executor, workers=None) -> Choice:
     """The executor of a name; ValueError for an unknown one, and for workers that
     are not a positive integer.

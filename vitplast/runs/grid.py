@@ -94,7 +94,7 @@ def canonical_selection(model, selection) -> str:
         found = Selection.read(selection)
     return found.text.removesuffix("+head")
 
-
+# %% ../../nbs/runs/grid.ipynb #1b1760ac
 @dataclass(frozen=True)
 class RunConfig:
     "One finetuning run, by names alone."
@@ -318,7 +318,7 @@ def all_runs(grids) -> list:
     found = (g.runs() if isinstance(g, Grid) else [g] for g in several(grids))
     return list(dict.fromkeys(run for runs in found for run in runs))
 
-
+# %% ../../nbs/runs/grid.ipynb #4fee2456
 def read_grids(path) -> tuple:
     """The grids in a JSON file, a list of them or one; ValueError that names what
     is wrong in it.
@@ -371,13 +371,23 @@ def hundredth(lrs) -> tuple:
 
 
 CIFAR, CORRUPTED, DOMAINNET = PAPER[:2], PAPER[2:7], PAPER[7:9]
+
+# %% ../../nbs/runs/grid.ipynb #4af14e00
 DOMAINNET_LRS = (3e-3, 1e-2, 3e-2, 6e-2)
+
+
 # the offline tasks that stand for the published ones
 ABLATED = ("glyphs", "digits_c/motion_blur@5", "clipart", "sketch")
+
+
 GPU = FinetuneConfig(
     steps=1000, batch_size=128, eval_every=100, log_every=10, clip_head="joint"
 )
+
+
 CPU = FinetuneConfig(steps=240, eval_every=60, log_every=10)
+
+# %% ../../nbs/runs/grid.ipynb #727f7f87
 PRESETS = {
     "paper": (
         published(CIFAR, 10_000, 500),

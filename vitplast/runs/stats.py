@@ -18,6 +18,8 @@ from ..files import check_name
 
 # %% ../../nbs/runs/stats.ipynb #0c7dc2eb
 CELL = ["model", "optimizer", "task", "component"]  # what has one learning rate
+
+
 SELECTIONS = ("validation", "test")
 
 
@@ -35,7 +37,7 @@ def check_recipe(runs):
         + ": expected those of one, as in runs[runs.recipe == ...]"
     )
 
-
+# %% ../../nbs/runs/stats.ipynb #cc1c5ea7
 def best_rates(runs, selection="validation") -> pd.Series:
     """The learning rate with the highest mean accuracy over seeds on a split, per
     model, optimiser, task and component; diverging ones last.
@@ -68,7 +70,7 @@ def on_edge(runs, selection="validation") -> pd.Series:
         found.loc[pd.MultiIndex.from_frame(runs[CELL])].to_numpy(), runs.index
     )
 
-
+# %% ../../nbs/runs/stats.ipynb #32731189
 def chosen(runs, selection="validation") -> pd.DataFrame:
     "The runs at the chosen learning rates, with the column `selection`."
     rates = best_rates(runs, selection)
@@ -111,7 +113,7 @@ def summarise(runs, selection="validation", confidence=0.95) -> pd.DataFrame:
         )
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/runs/stats.ipynb #070f0428
 def accuracy_table(summary, value="mean", complete=True) -> pd.DataFrame:
     """Tasks x components; ValueError if the summary is of several models or
     optimisers, or a cell of a `complete` table is missing.
@@ -189,7 +191,7 @@ def rank_biserial(differences) -> float:
     ranks = stats.rankdata(np.abs(d))
     return float((np.sign(d) * ranks).sum() / ranks.sum()) if len(d) else 0.0
 
-
+# %% ../../nbs/runs/stats.ipynb #ee6dcd2f
 def compare(
     table,
     first="MHA",
@@ -295,7 +297,7 @@ class RankCorrelation(NamedTuple):
     p: float  # two-sided, over all orders of the components
     n_groups: int
 
-
+# %% ../../nbs/runs/stats.ipynb #6c5a8e2c
 def rank_correlation(
     frame,
     x="plasticity",

@@ -50,7 +50,7 @@ def as_units(runs, together) -> list:
         groups[run.base(), run.components, group_key(run.config)].append(run)
     return list(groups.values())
 
-
+# %% ../../nbs/runs/sweep.ipynb #7c53b4c6
 class Sweep:
     "The state of a sweep: what is found, what failed, what is waiting."
 
@@ -235,7 +235,7 @@ def drive(state, choice, compiled):
         raise
     pool.shutdown()
 
-
+# %% ../../nbs/runs/sweep.ipynb #befde060
 def extended_arms(grids, extend) -> dict:
     """The arms of several grids whose rates may go on; extend: True or False for
     all, None as each says.
@@ -257,7 +257,7 @@ def other_versions(store) -> int:
         "history" in r and r.get("training") != TRAINING_VERSION for r in found
     )
 
-
+# %% ../../nbs/runs/sweep.ipynb #ce5a75a8
 def sweep(
     grid,
     store,
@@ -333,7 +333,7 @@ def of_record(record) -> dict:
         "recipe": key(c.recipe() | {"images": record["normalisation"]})[:8],
     }
 
-
+# %% ../../nbs/runs/sweep.ipynb #9bf23c0e
 def run_frame(records) -> pd.DataFrame:
     """One row per run: its settings, what came out, and the mean gradient norm over
     its steps.
@@ -371,7 +371,7 @@ def curve_frame(records) -> pd.DataFrame:
     ]
     return pd.concat(frames, ignore_index=True)
 
-
+# %% ../../nbs/runs/sweep.ipynb #45d53ea2
 def stored_runs(store) -> list:
     "The records of all runs in a store, sorted by what they are of."
     records = [r for r in Store(store).records().values() if "history" in r]

@@ -10,19 +10,38 @@ __all__ = ['COLOURS', 'MARKERS', 'KIND_LINES', 'THEORY_ORDER', 'STYLE', 'WIDTH',
 
 # %% ../../nbs/showing/figures.ipynb #cec01697
 import base64
+
+
 import io
+
+
 import math
+
+
 from pathlib import Path
 
+
 import matplotlib
+
+
 import pandas as pd
+
+
 import torch
+
+
 from matplotlib.figure import Figure
+
+
 from PIL import Image
 
+
 from ..files import replacing
+
+
 from ..models import KINDS
 
+# %% ../../nbs/showing/figures.ipynb #9885876f
 COLOURS = {
     "MHA": "#D55E00",
     "FC1": "#0072B2",
@@ -32,6 +51,8 @@ COLOURS = {
     "all": "#555555",
     "head": "#999999",
 }
+
+
 MARKERS = {
     "MHA": "o",
     "FC1": "s",
@@ -41,9 +62,15 @@ MARKERS = {
     "all": "P",
     "head": "X",
 }
+
+
 KIND_LINES = {"published": ":", "sharp": "--", "hull": "-"}  # of bounds
+
+
 # the paper's theoretical ranking, most plastic first
 THEORY_ORDER = ("MHA", "FC1", "FC2", "LN2", "LN1")
+
+# %% ../../nbs/showing/figures.ipynb #50de1a9b
 STYLE = {
     "figure.facecolor": "white",
     "figure.dpi": 96,
@@ -64,6 +91,8 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+
+
 WIDTH = 7.2  # inches, of every figure
 
 # %% ../../nbs/showing/figures.ipynb #145d0de9
@@ -213,7 +242,7 @@ def over_targets(frame) -> pd.DataFrame:
         ci_high=("ci_high", "max"),
     )
 
-
+# %% ../../nbs/showing/figures.ipynb #f0af4283
 def measurement(frame):
     """One row per input protocol: plasticity over depth with intervals, and its
     spread over blocks by theoretical rank.
@@ -310,7 +339,7 @@ def alike(ranks, width) -> list:
         if j > i and (n == 0 or j > reach[n - 1][1])
     ]
 
-
+# %% ../../nbs/showing/figures.ipynb #da6b6770
 def mean_ranks(found):
     """One panel per entry of a dictionary of Friedman results: mean ranks, best on
     the left; bars join what lies within the critical difference.

@@ -238,7 +238,7 @@ FOOTNOTE = (
     " the head alone."
 )
 
-
+# %% ../../nbs/showing/report.ipynb #bee32794
 def figures(s: Study) -> list:
     "Pairs (SVG text, caption) of the study's figures."
     curves = {name: h for name, h in s.curves.groupby("component")}

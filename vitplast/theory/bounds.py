@@ -239,7 +239,7 @@ def check_radius(component, radius, own):
             f" expected at least {own:.6g}"
         )
 
-
+# %% ../../nbs/theory/bounds.ipynb #83b328bf
 def check_domain(x, radius, sigma, inputs, kinds):
     "ValueError for arguments of `bounds` that name no domain."
     if unknown := [k for k in kinds if k not in KINDS_OF_BOUND]:

@@ -29,7 +29,7 @@ class Plan:
     gammas: dict  # (eps, centred, width) -> gamma^2 (their number, width)
     attention: list  # of (place, component)
 
-
+# %% ../../nbs/theory/fast.ipynb #480dccfa
 def make_plan(parts, width) -> Plan:
     "The plan of a model whose embedding has tokens of this width."
     weights = [c.weights() for c in parts.components]

@@ -29,7 +29,7 @@ def two_way_variances(h) -> list:
     less = max(-rest, rest - a - b)
     return [(a / h.size, n - 1), (b / h.size, m - 1), (less / h.size, math.inf)]
 
-
+# %% ../../nbs/theory/pairs.ipynb #137400c0
 def jackknife_variances(h, first_images, second_images) -> list:
     """(variance, degrees of freedom) of images on one side, on the other, and on
     both; ratios h (N, M) may have gaps (NaN).
@@ -160,7 +160,7 @@ def embedding_pairs(parts, tokens, n, batch_size):
         after = torch.cat([f(t).flatten(1) for t in tokens.split(batch_size)])
         yield apart[width], distances(*after.tensor_split([n]))
 
-
+# %% ../../nbs/theory/pairs.ipynb #c3c36869
 def native_pairs(parts, tokens, n, batch_size):
     "(distances before, after) (N, M) of every component, block by block."
     for number, block in enumerate(parts.blocks):

@@ -61,7 +61,7 @@ def ends_at(dtype) -> str:
     largest = torch.finfo(dtype).max
     return f", and {dtype} ends at {largest:.5g}" * (dtype.itemsize == 2)
 
-
+# %% ../../nbs/theory/plasticity.ipynb #4431f356
 def as_ratios(components, apart, moved, dtype) -> torch.Tensor:
     """Ratios (components, ...) of distances after and before each component; NaN
     where the inputs coincide.
@@ -161,7 +161,7 @@ def check_precision(like, force):
             " model.float() widens it, force=True measures it all the same"
         )
 
-
+# %% ../../nbs/theory/plasticity.ipynb #efbd153e
 def image_batches(parts, source, size, like, what, force=False):
     """Checked batches from a tensor (N, C, H, W) or an iterable of batches, on the
     device of the tensor `like`; token numbers (N, n) for a model of these.
@@ -191,7 +191,7 @@ def image_batches(parts, source, size, like, what, force=False):
     for images in rebatch(checked(), size):
         yield images.to(like.device)
 
-
+# %% ../../nbs/theory/plasticity.ipynb #19bffb53
 @contextmanager
 def on_device(model, device):
     """The model on another device (None: where it is), and back where it was at the
@@ -241,7 +241,7 @@ def paired_ratios(parts, batches, inputs, pairs, fast, n_pairs, dtype) -> tuple:
         torch.cat(prints, 1).cpu().numpy(),
     )
 
-
+# %% ../../nbs/theory/plasticity.ipynb #e77e95ff
 def embedded(parts, batches, what) -> tuple:
     """Tokens (N, n, d) that enter the first block, and fingerprints (N,), of all
     images of a stream.
@@ -255,7 +255,7 @@ def embedded(parts, batches, what) -> tuple:
     tokens, prints = zip(*found)
     return torch.cat(tokens), torch.cat(prints).cpu().numpy()
 
-
+# %% ../../nbs/theory/plasticity.ipynb #b11270e2
 def all_pairs(
     parts, streams, inputs, batch_size, confidence, dtype, progress
 ) -> list:
@@ -292,6 +292,8 @@ def all_pairs(
 
 # %% ../../nbs/theory/plasticity.ipynb #895f30f1
 PAIRS = ("paired", "all", "limit")
+
+
 # of what plasticity, bounds and gradient bounds compute: raised by hand, held by a
 # golden test
 MEASURING_VERSION = 1
@@ -321,7 +323,7 @@ def check_arguments(x, y, inputs, pairs, confidence, fast):
             ' they are paired in order (pairs="all" takes any numbers)'
         )
 
-
+# %% ../../nbs/theory/plasticity.ipynb #faa81f40
 def plasticity(
     model,
     x,
@@ -417,7 +419,7 @@ def paired_statistics(ratios, groups, confidence) -> pd.DataFrame:
         }
     )
 
-
+# %% ../../nbs/theory/plasticity.ipynb #df137618
 def as_frame(components, inputs, statistics) -> pd.DataFrame:
     "The frame of `plasticity`: what the components are, beside their statistics."
     zero = statistics.zero_pairs

@@ -9,20 +9,44 @@ __all__ = ['OWN', 'group_key', 'check_group', 'Whole', 'stack_runs', 'stackable_
 
 # %% ../../nbs/training/batched.ipynb #e1640f21
 import copy
+
+
 import math
+
+
 import os
+
+
 import time
+
+
 from contextlib import nullcontext
+
+
 from dataclasses import asdict
 
+
 import torch
+
+
 import torch.nn.functional as F
+
+
 from torch import nn
+
+
 from torch.func import functional_call, vmap
+
+
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
 from tqdm.auto import tqdm
 
+
 from ..data import task_for
+
+# %% ../../nbs/training/batched.ipynb #f84a6344
 from vitplast.models import (
     Selection,
     anatomy,
@@ -31,6 +55,8 @@ from vitplast.models import (
     prepare,
     unwrapped,
 )
+
+
 from vitplast.training.finetune import (
     Run,
     as_history,
@@ -42,7 +68,11 @@ from vitplast.training.finetune import (
     prepared_head,
     reads,
 )
+
+
 from .freezing import in_parts, n_trained, training_mode
+
+
 from vitplast.training.recipe import (
     FinetuneConfig,
     check_batch,
@@ -88,7 +118,7 @@ class Whole(nn.Module):
     def forward(self, x):
         return self.logits(x)
 
-
+# %% ../../nbs/training/batched.ipynb #d3b9dfc7
 def stack_runs(model, task, selection, configs) -> tuple:
     """The weights that train, stacked (R, ...), with each run's own head; the names
     of those that are only watched; and the masks of those that train in part.

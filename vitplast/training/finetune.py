@@ -163,7 +163,7 @@ def reads(step, config) -> bool:
     """
     return step % config.eval_every == 0 or step == config.steps
 
-
+# %% ../../nbs/training/finetune.ipynb #da25e415
 def as_history(rows, columns, readings, config) -> pd.DataFrame:
     """The history of a run from one row of numbers per step, and {step: (loss,
     accuracy)} of validation.
@@ -300,7 +300,7 @@ def prepared_head(model, task, selection, config) -> Selection:
     fit_head(model, task)
     return replace(selection, head=False)
 
-
+# %% ../../nbs/training/finetune.ipynb #12270218
 @torch.inference_mode(False)  # whatever the caller computes under
 @torch.enable_grad()
 def finetune(

@@ -82,7 +82,7 @@ def trajectory(model, task, training, config) -> torch.Tensor:
         path.append(parameters_to_vector(parameters).detach().clone())
     return torch.stack(path)
 
-
+# %% ../../nbs/training/landscape.ipynb #67b73faa
 def best_plane(path) -> tuple:
     """Mean (D,) of points (T, D), orthonormal directions (2, D) of the plane
     closest to them, coordinates (T, 2) and the shares (2,) of their variance.
@@ -132,7 +132,7 @@ def as_weights(rows, parameters) -> dict:
         for (name, p), row in zip(parameters.items(), split)
     }
 
-
+# %% ../../nbs/training/landscape.ipynb #b41b07ad
 def loss_surface(
     model, task, kind, block=None, config=None, size=20, n_images=256
 ) -> LossSurface:
@@ -222,7 +222,7 @@ class RateSurface(NamedTuple):
     steepest: float
     residual: float  # relative, of the power iteration
 
-
+# %% ../../nbs/training/landscape.ipynb #ac89c705
 def rate_surface(
     model,
     x,

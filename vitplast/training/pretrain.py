@@ -316,6 +316,8 @@ def publish(run: Pretraining, path) -> dict:
 
 # %% ../../nbs/training/pretrain.ipynb #45203478
 LOG_EVERY = 200  # steps between two rows of the log
+
+
 SAVE_EVERY = 60  # seconds between two states
 
 
@@ -345,7 +347,7 @@ def snapshot_files(config, path, shares) -> dict:
         )
     return files
 
-
+# %% ../../nbs/training/pretrain.ipynb #95a8cc79
 def is_published(run, path) -> bool:
     """Whether the weights of this step of this pretraining lie at `path`, with the
     card, which is written last.

@@ -34,9 +34,17 @@ def is_whole(v) -> bool:
 
 # a setting -> what it must be, in words and as a function
 POSITIVE = "a positive number", lambda v: is_number(v) and v > 0
+
+
 COUNT = "a positive integer", lambda v: is_whole(v) and v > 0
+
+
 SHARE = "a number in [0, 1)", lambda v: is_number(v) and 0 <= v < 1
+
+
 TRUTH = "True or False", lambda v: isinstance(v, bool)
+
+# %% ../../nbs/training/recipe.ipynb #ffca4a34
 ALLOWED = {
     "lr": POSITIVE,
     "steps": COUNT,
@@ -68,18 +76,22 @@ ALLOWED = {
         lambda v: v is None or is_number(v) and v >= 0,
     ),
 }
+
+
 # settings that change how a run is computed, and not what
 NEUTRAL = ("accumulate", "bf16", "log_every", "watch")
+
+
 RATIOS = ("lr", "momentum", "weight_decay", "warmup", "clip", "head_lr")
 
-
+# %% ../../nbs/training/recipe.ipynb #2ef43818
 def in_one_spelling(name, value):
     "A number as its setting's own type, so that 1 and 1.0 are one run."
     if name in RATIOS and is_number(value):
         return float(value)
     return int(value) if name not in RATIOS and is_whole(value) else value
 
-
+# %% ../../nbs/training/recipe.ipynb #f361fc43
 @dataclass(frozen=True)
 class FinetuneConfig:
     """How to train; a run depends on this, the task, the model and the components
