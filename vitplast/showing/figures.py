@@ -10,35 +10,17 @@ __all__ = ['COLOURS', 'MARKERS', 'KIND_LINES', 'THEORY_ORDER', 'STYLE', 'WIDTH',
 
 # %% ../../nbs/showing/figures.ipynb #cec01697
 import base64
-
-
 import io
-
-
 import math
-
-
 from pathlib import Path
 
-
 import matplotlib
-
-
 import pandas as pd
-
-
 import torch
-
-
 from matplotlib.figure import Figure
-
-
 from PIL import Image
 
-
 from ..files import replacing
-
-
 from ..models import KINDS
 
 # %% ../../nbs/showing/figures.ipynb #9885876f

@@ -9,40 +9,18 @@ __all__ = ['OWN', 'group_key', 'check_group', 'Whole', 'stack_runs', 'stackable_
 
 # %% ../../nbs/training/batched.ipynb #e1640f21
 import copy
-
-
 import math
-
-
 import os
-
-
 import time
-
-
 from contextlib import nullcontext
-
-
 from dataclasses import asdict
 
-
 import torch
-
-
 import torch.nn.functional as F
-
-
 from torch import nn
-
-
 from torch.func import functional_call, vmap
-
-
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-
 from tqdm.auto import tqdm
-
 
 from ..data import task_for
 
@@ -55,8 +33,6 @@ from vitplast.models import (
     prepare,
     unwrapped,
 )
-
-
 from vitplast.training.finetune import (
     Run,
     as_history,
@@ -68,11 +44,7 @@ from vitplast.training.finetune import (
     prepared_head,
     reads,
 )
-
-
 from .freezing import in_parts, n_trained, training_mode
-
-
 from vitplast.training.recipe import (
     FinetuneConfig,
     check_batch,
