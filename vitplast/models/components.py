@@ -254,7 +254,7 @@ def anatomy(model) -> Anatomy:
             if c is not object
         )
         if not any(name.startswith("transformers.") for name in known):
-            known += ["ViT and GPT-2 of transformers"]
+            known += ["ViT, DeiT, DINOv2, CLIP and GPT-2 of transformers"]
         raise TypeError(
             f"{type(model).__name__} is not covered; supported, pre-norm:"
             f" {', '.join(known)}.{held_inside(model)}"
@@ -379,8 +379,10 @@ def watching(components, see):
     hooks = []
     try:
         for i, c in enumerate(components):
-            hook = lambda _, args, out, i=i, c=c: see(i, c, args[0], first(out))
-            hooks.append(c.module.register_forward_hook(hook))
+            hook = lambda _, args, named, out, i=i, c=c: see(
+                i, c, next(iter((*args, *named.values()))), first(out)
+            )
+            hooks.append(c.module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for hook in hooks:
