@@ -379,6 +379,10 @@ def chosen_places(selection, model, head=True, final_norm=False) -> dict:
             block_prefix(parts, b) for b, kind in selection.atoms if kind == "rest"
         ]
         found |= {n: None for n in parts.rest if n.startswith(tuple(rest))}
+    if final_norm and not parts.final_norm:
+        raise ValueError(
+            "final_norm=True: no output of this model reads a norm after its blocks"
+        )
     found |= dict.fromkeys(parts.final_norm) if final_norm else {}
     found |= dict.fromkeys(parts.head()) if head or selection.head else {}
     if not found:

@@ -296,7 +296,11 @@ def train_runs(
                 a + b
                 for a, b in zip(
                     gradients,
-                    torch.autograd.grad(loss.sum(), list(everything.values())),
+                    torch.autograd.grad(
+                        loss.sum(),
+                        list(everything.values()),
+                        materialize_grads=True,
+                    ),
                 )
             ]
             total = total + loss.detach()

@@ -118,12 +118,13 @@ class Best(NamedTuple):
 
 # %% ../../nbs/training/finetune.ipynb #a08ac1d0
 def total_norm(parameters) -> torch.Tensor:
-    "Norm of the gradients of all parameters together, NaN without any."
-    return (
-        torch.stack([p.grad.norm() for p in parameters]).norm()
-        if parameters
-        else torch.tensor(math.nan)
-    )
+    """Norm of the gradients of all parameters together, NaN without any; what no
+    output reads (a mask token) counts as zero.
+    """
+    if not parameters:
+        return torch.tensor(math.nan)
+    found = [p.grad.norm() for p in parameters if p.grad is not None]
+    return torch.stack(found).norm() if found else torch.tensor(0.0)
 
 # %% ../../nbs/training/finetune.ipynb #699fa008
 def own_and_head(parts, chosen) -> tuple:
