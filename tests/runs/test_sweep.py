@@ -24,7 +24,7 @@ from vitplast.runs import (
     run_frame, seconds_left, size_of, stored_runs, sweep,
 )
 from vitplast.runs import executors
-from vitplast.runs.estimates import arithmetic
+from vitplast.runs.estimates import READ, arithmetic
 from vitplast.runs.sweep import Sweep
 
 CONFIG = vp.FinetuneConfig(steps=3, eval_every=2, batch_size=8)
@@ -378,7 +378,11 @@ def test_estimates(tmp_path, undisturbed):
     tokens = [(m.patch_embed.num_patches + m.num_prefix_tokens) * sum(p.numel() for p in m.parameters()) for m in (tiny, small)]
     assert [arithmetic("formula-vit-tiny"), arithmetic("formula-vit")] == tokens
     assert arithmetic("vit_base_patch16_224.orig_in21k") == 197 * 85_798_656
-    assert size_of(runs[0]) == tokens[0] * 3 * 8
+    c = runs[0].config
+    readings = sum(step % c.eval_every == 0 or step == c.steps for step in range(1, c.steps + 1))
+    assert size_of(runs[0]) == tokens[0] * (3 * 8 + (readings * READ["offline"][0] + READ["offline"][1]) / 3)
+    real = vp.task("digits")  # the counts are near the real ones
+    assert 0.5 < READ["offline"][0] / len(real.validation) < 2 and 0.5 < READ["offline"][1] / len(real.test) < 2
     guess = seconds_left(runs, store, 1)
     assert guess > 0
     sweep(replace(GRID, seeds=(0,)), store, "serial", progress=False)

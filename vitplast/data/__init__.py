@@ -9,7 +9,7 @@ __all__ = door(
     __name__,
     formula="FormulaConfig FormulaImages",
     reading="PICTURES_VERSION RandomCrops Split Task decode",
-    folders="folder_contents",
+    folders="find_pictures folder_contents",
     corruptions="CORRUPTIONS corrupt",
     offline="OFFLINE",
     published="PAPER PUBLISHED_NORMALISATION",

@@ -14,8 +14,9 @@ __all__ = door(
         "unwrapped visit visit_tokens watching"
     ),
     selection="CHOICES Selection chosen_places needs_model read_selection",
-    checkpoints="EXTENSION convert on_hub model_source",
+    checkpoints="EXTENSION convert model_source on_hub",
     loading=(
-        "HEADER SHIPPED ViTConfig build card check_timm load prepare read save shipped skeleton"
+        "HEADER SHIPPED ViTConfig build card check_model load prepare read save shipped "
+        "skeleton untrained"
     ),
 )

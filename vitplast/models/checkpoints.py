@@ -49,7 +49,7 @@ def model_source(name) -> Source:
     network, _, file = name.rpartition("@")
     if name.endswith(EXTENSION):
         return Source(network, Path(file).resolve())
-    if (Path(name) / CONFIG).is_file() and not timm.is_model(name):
+    if name and (Path(name) / CONFIG).is_file() and not timm.is_model(name):
         return Source("", Path(name).resolve())
     return Source(name)
 

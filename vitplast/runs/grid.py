@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'FURTHER', 'CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'PRESETS',
-           'weights_file', 'model_contents', 'task_contents', 'timm_names', 'check_model', 'check_task',
-           'canonical_selection', 'RunConfig', 'Grid', 'next_rate', 'further_rate', 'several', 'all_runs', 'read_grids',
-           'published', 'hundredth']
+           'model_contents', 'last_names', 'task_contents', 'check_task', 'canonical_selection', 'RunConfig', 'Grid',
+           'next_rate', 'further_rate', 'several', 'all_runs', 'read_grids', 'published', 'hundredth']
 
 # %% ../../nbs/runs/grid.ipynb #546d2379
 import json
@@ -16,8 +15,6 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-import timm
-
 from vitplast.data import (
     PAPER,
     PICTURES_VERSION,
@@ -26,13 +23,15 @@ from vitplast.data import (
     folder_contents,
     suite_of,
 )
-from ..files import check_name, fingerprint, settings
+from ..files import check_name, fingerprint, key, settings
 from vitplast.models import (
     CHOICES,
     EXTENSION,
     SHIPPED,
     Selection,
+    check_model,
     load,
+    model_source,
     needs_model,
     read_selection,
     shipped,
@@ -44,14 +43,24 @@ from ..training import TRAINING_VERSION, FinetuneConfig
 NORMALISATIONS = ("own", "published")
 
 
-def weights_file(name) -> Path:
-    "The file of a shipped model, or the path itself."
-    return SHIPPED / f"{name}{EXTENSION}" if name in shipped() else Path(name)
-
-
 def model_contents(name) -> str:
-    "What tells one set of weights from another of the same name; empty for timm's."
-    return fingerprint(weights_file(name)) if weights_file(name).is_file() else ""
+    """What tells one set of weights from another of the same name; empty for timm's
+    and the hub's.
+    """
+    if name in shipped():
+        return fingerprint(SHIPPED / f"{name}{EXTENSION}")
+    if (path := model_source(name).path) is None:
+        return ""
+    if path.is_file():
+        return fingerprint(path)
+    files = sorted({*path.glob("*.json"), *path.glob(f"*{EXTENSION}")})
+    return key({"files": [[p.name, fingerprint(p)] for p in files]})[:12]
+
+
+def last_names(name) -> str:
+    "The name of a model without the folders before its file."
+    network, path = model_source(name)
+    return f"{network}@{path.name}".strip("@") if path else name
 
 
 def task_contents(name) -> "str | int":
@@ -63,20 +72,6 @@ def task_contents(name) -> "str | int":
     return PICTURES_VERSION["drawn" if suite == "offline" else "read"]
 
 # %% ../../nbs/runs/grid.ipynb #95fd6bcf
-@lru_cache(maxsize=1)
-def timm_names() -> frozenset:
-    "Every name that timm knows, with and without a tag of its weights."
-    return frozenset(timm.list_models()) | frozenset(timm.list_pretrained())
-
-
-def check_model(name):
-    "ValueError unless a model of this name, or a file, exists."
-    if name not in shipped() and not (
-        name.endswith(EXTENSION) and Path(name).is_file()
-    ):
-        check_name("model", name, timm_names() | set(shipped()))
-
-
 def check_task(name):
     "ValueError unless a task of this name, or a folder, exists."
     if suite_of(name) is None and not Path(name).is_dir():
@@ -120,7 +115,7 @@ class RunConfig:
         check_model(model)
         check_task(name)
         check_name("normalisation", self.normalisation, NORMALISATIONS)
-        model = str(Path(model).resolve()) if model.endswith(EXTENSION) else model
+        model = model if model in shipped() else str(model_source(model))
         name = str(Path(name).resolve()) if suite_of(name) is None else name
         components = canonical_selection(model, self.components)
         fixed = self.config.head_lr == 0 and not self.config.final_norm
@@ -148,7 +143,7 @@ class RunConfig:
         "Everything that the run depends on; the hash of it is the run's key."
         model, name = self.model, self.task
         return settings(self) | {
-            "model": Path(model).name if model.endswith(EXTENSION) else model,
+            "model": last_names(model),
             "task": Path(name).name if suite_of(name) is None else name,
             "weights": model_contents(model),
             "images": task_contents(name),
@@ -169,9 +164,8 @@ class RunConfig:
         "The model that the run starts from."
         model = load(self.model)
         if self.normalisation == "published":
-            model.pretrained_cfg = (
-                dict(model.pretrained_cfg) | PUBLISHED_NORMALISATION
-            )
+            own = getattr(model, "pretrained_cfg", {})
+            model.pretrained_cfg = dict(own) | PUBLISHED_NORMALISATION
         return model
 
     def __str__(self):
