@@ -151,7 +151,7 @@ def test_weights_that_cannot_be_fetched_are_said_soon(monkeypatch):
         raise socket.gaierror("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("vitplast.models.loading.getproxies", dict)
+    monkeypatch.setattr("vitplast.models.checkpoints.getproxies", dict)
     started = time.monotonic()
     with pytest.raises(FileNotFoundError, match="are not in the cache and could not be fetched") as caught:
         vp.load("vit_tiny_patch16_224")

@@ -25,7 +25,7 @@ from transformers import (
 
 import vitplast as vp
 from vitplast.models import anatomy, convert, model_source, prepare, skeleton
-from vitplast.models.checkpoints import as_pretrained_cfg
+from vitplast.models.huggingface import as_pretrained_cfg
 from vitplast.training import finetune_many
 
 TINY = "vit_tiny_patch16_224"

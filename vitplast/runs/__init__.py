@@ -10,7 +10,7 @@ __all__ = door(
     store="Store as_line",
     grid=(
         "FURTHER Grid PRESETS RunConfig all_runs model_contents read_grids several "
-        "task_contents"
+        "task_contents with_weights"
     ),
     executors="EXECUTORS choose cores materials one_thread versions",
     sweep=(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'FURTHER', 'CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'PRESETS',
            'model_contents', 'last_names', 'task_contents', 'check_task', 'canonical_selection', 'RunConfig', 'Grid',
-           'next_rate', 'further_rate', 'several', 'all_runs', 'read_grids', 'published', 'hundredth']
+           'next_rate', 'further_rate', 'several', 'all_runs', 'with_weights', 'read_grids', 'published', 'hundredth']
 
 # %% ../../nbs/runs/grid.ipynb #546d2379
 import json
@@ -311,6 +311,14 @@ def all_runs(grids) -> list:
     "The runs of a grid, or of several grids and runs, each once."
     found = (g.runs() if isinstance(g, Grid) else [g] for g in several(grids))
     return list(dict.fromkeys(run for runs in found for run in runs))
+
+
+def with_weights(grids, checkpoint) -> list:
+    "Grids whose models, timm's, take their weights from a file."
+    return [
+        replace(g, models=tuple(f"{m}@{checkpoint}" for m in g.models))
+        for g in grids
+    ]
 
 # %% ../../nbs/runs/grid.ipynb #4fee2456
 def read_grids(path) -> tuple:

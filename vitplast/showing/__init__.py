@@ -13,5 +13,6 @@ __all__ = door(
         "image_rows keep_headline mean_ranks measurement panels training_curves"
     ),
     study="Study StudyConfig study summary",
+    console="edges_text plan_text sweep_text",
     report="FOOTNOTE difference_noise display_frame findings report_html text_table",
 )
