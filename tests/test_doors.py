@@ -1,9 +1,12 @@
 """Inputs that were tried from outside, a table for each door: what is meant is taken, what is not is said in one sentence."""
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import noise, tiny_vit
 from PIL import Image
@@ -43,12 +46,13 @@ API = {
     "an empty validation split": (lambda: task_of(validation=0), ValueError, "validation: 0 images and 0 labels"),
     "labels beside gradients": (lambda: gradient_bounds(tiny_vit(num_classes=3), noise(2), torch.tensor([0, 3])), ValueError, "labels"),
     "a model's name": (lambda: vp.plasticity("formula-vit", noise(2), noise(2)), TypeError, "model 'formula-vit' is a str: expected a network, as vp.load gives it"),
-    "no name": (lambda: vp.task(""), ValueError, "unknown task '': no folder of that name"),
+    "no name": (lambda: vp.task(""), ValueError, "unknown task '': no folder or table of that name"),
     "a model in a grid": (lambda: vp.Grid(("digits",), models=(tiny_vit(),)), TypeError, "model: a VisionTransformer, expected a name or a path, which other processes can read"),
     "an empty grid": (lambda: vp.Grid(()), ValueError, r"tasks=\(\): expected a list with at least one entry"),
     "no grids": (lambda: sweep([], "unused"), ValueError, "no grids: expected at least one"),
     "a number as a grid": (lambda: sweep(3, "unused"), TypeError, "grid 3: expected a vp.Grid or several"),
     "a dictionary among grids": (lambda: sweep([{}], "unused"), TypeError, "grid {} is a dict: expected a vp.Grid, or the name of a preset"),
+    "a batch that is a dictionary": (lambda: vp.plasticity(tiny_vit(), {"picture": noise(2)}, noise(2)), TypeError, r"x: entries .'picture'., expected one of .'pixel_values'"),
     "half a seed": (lambda: vp.Grid(("digits",), seeds=(0.5,)), ValueError, "seed=0.5: expected a whole number"),
     "a preset that is none": (lambda: sweep("offlin", "unused"), ValueError, "unknown preset or file 'offlin'; nearest known: .'offline'"),
     "the old images of a foreign network": (lambda: measure(tiny_vit(), "digits", n=4), ValueError, "source: expected the pictures that this model was pretrained on"),
@@ -116,6 +120,14 @@ COMMANDS = {
     "a folder that is not": (["measure", "formula-vit-tiny", "--out", "no/where.csv"], "--out no/where.csv: expected an existing folder"),
     "a checkpoint that is not": (["measure", "test_vit", "--checkpoint", "no.safetensors"], "no.safetensors: no such file"),
     "weights in a file that can hold code": (["measure", "test_vit", "--checkpoint", "there.csv"], "there.csv: expected a .safetensors file"),
+    "a device that is not": (["measure", "formula-vit-tiny", "--device", "cdua"], "device 'cdua': expected one of ['auto', 'cpu'"),
+    "a device of a sweep": (["sweep", "offline-cpu", "--device", "cdua"], "device 'cdua': expected one of"),
+    "a device of the demonstration": (["demo", "--device", "cdua", "--out", "there.csv"], "device 'cdua': expected one of"),
+    "weights for a model that has its own": (["sweep", "offline-cpu", "--checkpoint", "there.csv"], "unknown model 'formula-vit@there.csv'"),
+    "weights for a sweep that are not": (["sweep", "offline-cpu", "--checkpoint", "no.safetensors"], "formula-vit@no.safetensors: no such file"),
+    "a checkpoint without weights": (["convert", "there.csv"], "there.csv: not a checkpoint of PyTorch"),
+    "no checkpoint": (["convert", "no.pth"], "no.pth: no such file"),
+    "a conversion to a pickle": (["convert", "no.pth", "--out", "there.pth"], "there.pth: expected a name that ends in .safetensors"),
     "a preset that is none": (["sweep", "offlin"], "unknown preset or file 'offlin'"),
 }
 
@@ -128,6 +140,46 @@ def test_the_command_line(case, tmp_path, monkeypatch):
     result = invoke(*arguments)
     assert result.exit_code == 1 and message in result.output and result.output.count("\n") == 1, result.output
     assert [p.name for p in tmp_path.iterdir()] == ["there.csv"] and (tmp_path / "there.csv").read_text() == "kept"
+
+
+def test_own_weights_from_a_pickle_to_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("test_vit", num_classes=5)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, "run.pth")
+    done = invoke("convert", "run.pth", "--model", "test_vit")
+    assert done.exit_code == 0 and "run.safetensors: 80 tensors of run.pth, its 'state_dict'; names without 'module.'" in done.output.replace("\n", " ")
+    assert "they are test_vit's: vp.load('test_vit@run.safetensors')" in done.output
+    again = invoke("convert", "run.pth")
+    assert again.exit_code == 1 and "run.safetensors: exists" in again.output
+    for c, name in enumerate(("bird", "cat")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.random.default_rng(10 * c + i).integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(f"photos/{name}/{i}.png")
+    grid = {"tasks": ["photos"], "models": ["test_vit"], "selections": ["LN1"], "lrs": [0.1], "seeds": [0], "config": {"steps": 1, "eval_every": 1, "batch_size": 2}}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    for name, options in (("a", ["--checkpoint", "run.safetensors"]), ("b", [])):
+        if name == "b":
+            (tmp_path / "grid.json").write_text(json.dumps(grid | {"models": ["test_vit@run.safetensors"]}))
+        result = invoke("sweep", "grid.json", "--store", name, "--executor", "serial", "--device", "auto", *options)
+        assert result.exit_code == 0, result.output
+    keys = [sorted(p.name for p in (tmp_path / s).glob("*.json")) for s in "ab"]
+    assert keys[0] == keys[1] and len(keys[0]) == 2  # a run and a probe
+    alone = vp.finetune(vp.load("test_vit@run.safetensors"), "photos", "LN1", vp.FinetuneConfig(steps=1, eval_every=1, batch_size=2, lr=0.1))
+    records = [json.loads(p.read_text()) for p in (tmp_path / "a").glob("*.json")]
+    assert [r["test_accuracy"] for r in records if "test_accuracy" in r] == [alone.test_accuracy]
+    assert [r["model"] for r in records if "test_accuracy" in r] == [f"test_vit@{tmp_path}/run.safetensors"]
+
+
+def test_a_script_that_would_start_itself_again_is_told(tmp_path):
+    (tmp_path / "mine.py").write_text("from vitplast.runs import choose\nchoose('processes', 2)\n")
+    done = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.returncode == 1 and "mine.py: worker processes import the script that starts them" in done.stderr
+
+
+def test_no_gpu_is_seen_where_the_cpu_is_asked_for():
+    script = "import os, vitplast.cli, torch; vitplast.cli.chosen_device('cpu'); print(torch.cuda.is_available(), repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["False", "''"]
 
 
 def test_a_seed_beyond_all_bounds_is_a_usage_error():

@@ -1,6 +1,7 @@
 """Images by name, distributions of pairs, and the `measure` command."""
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,10 @@ from typer.testing import CliRunner
 
 import vitplast as vp
 from vitplast.cli import app
-from vitplast.data import DISTRIBUTIONS, Split, measure, named_images
+from vitplast.data import DISTRIBUTIONS, Split, measure, measuring, named_images
+from vitplast.data.folders import find_pictures
 from vitplast.data.measuring import draw_pairs, matched
+from vitplast.data.reading import read_image
 from vitplast.models import prepare
 
 
@@ -94,15 +97,41 @@ def test_measure_is_plasticity_of_the_drawn_pairs(distribution):
     assert (frame.distribution == distribution).all() and (frame.source == ("formula" if distribution == "source-target" else "glyphs")).all()
 
 
-def test_all_pairs_within_the_target():
+def test_all_pairs_within_the_target(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "loose.png")
     with pytest.warns(UserWarning, match="6 of 36 pairs coincide"):
         frame = measure("formula-vit-tiny", "digits", n=6, inputs="embedding", pairs="all", distribution="target")
     assert (frame.n_pairs == 30).all() and (frame.pairs == "all").all()
-    for target in ("formula", "."):
-        with pytest.raises(ValueError, match="same-class pairs need classes|images below it"):
+    for target in ("formula", str(tmp_path)):
+        with pytest.raises(ValueError, match="same-class pairs need classes|0 class folders, expected at least 2"):
             measure("formula-vit-tiny", target, n=6, distribution="same-class")
     with pytest.raises(ValueError, match="distribution='corrupted': its pairs are given"):
         measure("formula-vit-tiny", "digits", n=6, pairs="all", distribution="corrupted")
+
+
+@pytest.mark.parametrize("distribution", ["same-class", "other-class"])
+def test_pairs_by_class_of_class_folders(folder, distribution, monkeypatch):
+    found, seen = find_pictures(folder), []
+    every = {read_image(f, 16)[0].tobytes(): label for f, label in zip(found.files, found.labels)}
+    monkeypatch.setattr(measuring, "plasticity", lambda model, *streams, **_: seen.extend(torch.cat(list(s)) for s in streams) or pd.DataFrame({"a": [1]}))
+    monkeypatch.setattr(measuring, "prepare", lambda model, images: images)
+    monkeypatch.setattr(measuring, "anatomy", lambda model: SimpleNamespace(image_shape=(3, 16, 16)))
+    measure("formula-vit-tiny", folder, n=4, distribution=distribution, inputs="native")
+    first, second = ([every[image.numpy().tobytes()] for image in side] for side in seen)
+    assert len(first) == len(second) == 4 and len({image.numpy().tobytes() for side in seen for image in side}) == 8
+    assert [a == b for a, b in zip(first, second)] == [distribution == "same-class"] * 4
+    with pytest.raises(ValueError, match=f"{distribution}: . pairs from 12 images of the target, expected 7"):
+        measure("formula-vit-tiny", folder, n=7, distribution=distribution)
+
+
+def test_folders_are_cropped_as_the_task_is(folder, monkeypatch):
+    model, seen = vp.load("formula-vit-tiny"), []
+    monkeypatch.setattr(measuring, "pair_source", lambda *args, **how: seen.append(how["crop"]) or torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    for about, expected in (({}, 1.0), ({"crop_pct": 0.9}, 0.9)):
+        model.pretrained_cfg = model.pretrained_cfg | about
+        with pytest.warns(UserWarning):
+            measure(model, folder, "digits", n=4, inputs="native")
+        assert seen[-1] == expected
 
 
 def test_command_writes_the_frame_and_the_figure(tmp_path, folder):

@@ -16,7 +16,7 @@ from torchvision import datasets
 import vitplast as vp
 from vitplast.data import published
 from vitplast.data import PAPER
-from vitplast.data.published import pair_source
+from vitplast.data.measuring import pair_source
 
 
 @pytest.fixture

@@ -13,6 +13,6 @@ __all__ = door(
     corruptions="CORRUPTIONS corrupt",
     offline="OFFLINE",
     published="PAPER PUBLISHED_NORMALISATION",
-    tasks="SUITES pretraining_images suite_of task task_for tasks",
+    tasks="SUITES known_as pretraining_images suite_of task task_for tasks",
     measuring="DISTRIBUTIONS FORMULA measure named_images",
 )

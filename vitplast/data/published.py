@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'CIFAR10_C', 'CIFAR10', 'PUBLISHED_NORMALISATION', 'data_root', 'fetch', 'Damaged', 'Source',
            'with_validation', 'cifar', 'flowers', 'pet', 'read_npy', 'cifar10_c', 'read_list', 'domainnet',
-           'torchvision_download', 'reader', 'find', 'build', 'published_task', 'pair_source']
+           'torchvision_download', 'reader', 'find', 'build', 'published_task']
 
 # %% ../../nbs/data/published.ipynb #781cb872
 import hashlib
@@ -388,28 +388,6 @@ def published_task(
     return cached(
         name, decides, lambda folder: build(source, size, stored, folder, **how)
     )
-
-# %% ../../nbs/data/published.ipynb #95858404
-def pair_source(
-    path, n, size=224, seed=0, workers=None, skip_corrupt=False, max_pixels=None
-) -> torch.Tensor:
-    """A random sample of n images below a folder, as bytes (n, 3, size, size), the
-    same for the same seed.
-
-    Raises ValueError if the folder holds fewer, or images that cannot be read.
-    """
-    files = below(Path(path), is_image)
-    if len(files) < n:
-        raise ValueError(
-            f"{path}: {len(files):,} images below it, expected at least {n:,}"
-        )
-    chosen = [
-        files[i] for i in np.random.default_rng(seed).permutation(len(files))[:n]
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        how = {"skip_corrupt": skip_corrupt, "max_pixels": max_pixels}
-        decode(chosen, f"{folder}/all.npy", size, CENTRE, workers, **how)
-        return torch.from_numpy(np.load(f"{folder}/all.npy"))
 
 # %% ../../nbs/data/published.ipynb #6402bed0
 PUBLISHED_NORMALISATION = {

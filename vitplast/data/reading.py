@@ -199,8 +199,8 @@ def at_most(pixels):
 
 # %% ../../nbs/data/reading.ipynb #28814e8f
 def read_image(source, size, part=1.0, max_pixels=None) -> tuple:
-    """One image file, or array (H, W, 3), as RGB bytes (3, size, size), and its
-    width over its height; ValueError naming a file that cannot be read, or that has
+    """One image file, array (H, W, 3) or Pillow image as RGB bytes (3, size, size),
+    and its width over its height; ValueError naming a file that cannot be read, or that has
     more pixels than `max_pixels` (None: 179 million).
     """
     try:
@@ -209,6 +209,8 @@ def read_image(source, size, part=1.0, max_pixels=None) -> tuple:
             (
                 Image.fromarray(source)
                 if isinstance(source, np.ndarray)
+                else source.copy()
+                if isinstance(source, Image.Image)
                 else Image.open(source)
             ) as image,
         ):
@@ -452,7 +454,7 @@ def read_task(folder) -> Task:
     return Task(facts["name"], **parts, **about)
 
 # %% ../../nbs/data/reading.ipynb #127f1909
-PICTURES_VERSION = {"drawn": 1, "read": 1, "folder": 2}
+PICTURES_VERSION = {"drawn": 1, "read": 1, "folder": 3}
 
 # %% ../../nbs/data/reading.ipynb #557f084f
 def said_again(folder) -> Task:

@@ -113,11 +113,11 @@ def tensors_only(path) -> dict:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
+        if not (more := re.search(r"GLOBAL (\S+)", str(error))):
+            raise ValueError(f"{path}: not a checkpoint of PyTorch") from None
         raise ValueError(
-            f"{path}: holds more than weights{f' ({found[1]})' if found else ''},"
-            " which could run code: expected what torch.save(model.state_dict(),"
-            " ...) writes"
+            f"{path}: holds more than weights ({more[1]}), which could run code:"
+            " expected what torch.save(model.state_dict(), ...) writes"
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
         if isinstance(error, FileNotFoundError):

@@ -21,6 +21,7 @@ from vitplast.data import (
     PUBLISHED_NORMALISATION,
     SUITES,
     folder_contents,
+    known_as,
     suite_of,
 )
 from ..files import check_name, fingerprint, key, settings
@@ -73,8 +74,8 @@ def task_contents(name) -> "str | int":
 
 # %% ../../nbs/runs/grid.ipynb #95fd6bcf
 def check_task(name):
-    "ValueError unless a task of this name, or a folder, exists."
-    if suite_of(name) is None and not Path(name).is_dir():
+    "ValueError unless a task of this name, or a folder or table, exists."
+    if suite_of(name) is None and not known_as(name)[1]:
         check_name("task", name, [n for names in SUITES.values() for n in names])
 
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..data import folder_contents
 from ..files import key
 from vitplast.runs.executors import (
+    GUARD,
     Processes,
     choose,
     compute,
@@ -182,7 +183,8 @@ class Sweep:
                 outcomes = [
                     (
                         "error",
-                        f"its worker died {TRIES} times ({type(error).__name__})",
+                        f"its worker died {TRIES} times ({type(error).__name__});"
+                        f" what it last said is above. If at once: {GUARD}",
                     )
                 ] * len(unit)
             for run, (kind, value) in zip(unit, outcomes):
