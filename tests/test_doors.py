@@ -165,7 +165,7 @@ def test_own_weights_from_a_pickle_to_a_sweep(tmp_path, monkeypatch):
     keys = [sorted(p.name for p in (tmp_path / s).glob("*.json")) for s in "ab"]
     assert keys[0] == keys[1] and len(keys[0]) == 2  # a run and a probe
     alone = vp.finetune(vp.load("test_vit@run.safetensors"), "photos", "LN1", vp.FinetuneConfig(steps=1, eval_every=1, batch_size=2, lr=0.1))
-    records = [json.loads(p.read_text()) for p in (tmp_path / "a").glob("*.json")]
+    records = [json.loads(p.read_text())["record"] for p in (tmp_path / "a").glob("*.json")]
     assert [r["test_accuracy"] for r in records if "test_accuracy" in r] == [alone.test_accuracy]
     assert [r["model"] for r in records if "test_accuracy" in r] == [f"test_vit@{tmp_path}/run.safetensors"]
 
