@@ -17,6 +17,7 @@ from vitplast.runs import (
     Grid, PRESETS, RunConfig, Store, all_runs, published_results, read_grids,
 )
 from vitplast.data import folder_contents
+from vitplast.runs.sweep import of_record
 from vitplast.runs.grid import further_rate, next_rate
 from vitplast.training.recipe import ALLOWED, COUNT
 from vitplast.training import FinetuneConfig
@@ -105,7 +106,7 @@ def test_what_is_wrong_in_a_plan(tmp_path, text, match):
 
 
 CHANGES = {
-    "model": "formula-vit-tiny", "task": "glyphs", "components": "LN1", "normalisation": "published",
+    "model": "test_vit", "task": "glyphs", "components": "LN1", "size": 70, "normalisation": "published",
     "lr": 0.2, "seed": 5, "steps": 7, "batch_size": 3, "optimizer": "adamw", "momentum": 0.5, "weight_decay": 0.1, "warmup": 0.2, "clip": 2.0,
     "eval_every": 3, "final_norm": True, "accumulate": 2, "bf16": True, "log_every": 2, "watch": ("MHA",),
     "clip_head": "joint", "head_lr": 0.5,
@@ -114,7 +115,7 @@ CHANGES = {
 
 @given(st.sets(st.sampled_from(sorted(CHANGES))))
 def test_the_key_knows_every_setting(changed):
-    run = RunConfig("formula-vit", "digits", "MHA")
+    run = RunConfig("focus-vit-small", "digits", "MHA")
     own = {k: v for k, v in CHANGES.items() if k in changed and k in run.__dataclass_fields__}
     shared = {k: v for k, v in CHANGES.items() if k in changed and k not in own}
     other = replace(run, config=replace(run.config, **shared), **own)
@@ -124,6 +125,22 @@ def test_the_key_knows_every_setting(changed):
 
 def test_every_setting_is_among_them():
     assert set(CHANGES) == {*RunConfig.__dataclass_fields__, *vp.FinetuneConfig.__dataclass_fields__} - {"config"}
+
+
+def test_a_size_that_is_the_models_own_is_left_out():
+    for model, own, other in (("formula-vit", 32, None), ("focus-vit-small", 224, 70), ("vit_tiny_patch16_224", 224, 64)):
+        run = RunConfig(model, "digits", "MHA")
+        assert "size" not in run.identity() and RunConfig(model, "digits", "MHA", size=own) == run
+        if other:
+            assert RunConfig(model, "digits", "MHA", size=other).identity() == run.identity() | {"size": other}
+    for model, size, message in (("formula-vit", 64, "formula-vit takes images of 32 pixels"), ("focus-vit-small", 71, "takes multiples of 14 pixels; nearest: .70, 84."), ("formula-vit", 0, "expected a positive integer"), ("formula-vit", True, "expected a positive integer")):
+        with pytest.raises(ValueError, match=f"size={size}: .*{message}"):
+            vp.Grid(("digits",), models=(model,), size=size)
+
+
+def test_runs_of_another_size_are_not_pooled():
+    at_70, at_98 = (of_record(json.loads(json.dumps(RunConfig("focus-vit-small", "digits", "MHA", size=s).identity()))) for s in (70, 98))
+    assert at_70["recipe"] != at_98["recipe"]
 
 
 def test_the_key_knows_the_weights(tmp_path):

@@ -14,6 +14,7 @@ __all__ = door(
         "unwrapped visit visit_tokens watching"
     ),
     selection="CHOICES Selection chosen_places needs_model read_selection",
+    focus="FOCUS SHA256 check_focus_size",
     checkpoints="EXTENSION convert model_source on_hub",
     loading=(
         "HEADER SHIPPED ViTConfig build card check_model load prepare read save shipped "

@@ -19,9 +19,9 @@ from ..training import precision
 
 # %% ../../nbs/runs/estimates.ipynb #1cd2cac7
 @lru_cache(maxsize=None)
-def arithmetic(model_name) -> float:
-    "Parameters times tokens of a model."
-    model = skeleton(model_name)
+def arithmetic(model_name, size=None) -> float:
+    "Parameters times tokens of a model, for images of a size."
+    model = skeleton(model_name, size)
     parts, p = anatomy(model), next(model.parameters())
     return (
         sum(p.numel() for p in model.parameters())
@@ -53,7 +53,7 @@ def size_of(run) -> float:
     c, (validation, test) = run.config, pictures_read(run.task)
     readings = -(-c.steps // c.eval_every)
     seen = c.steps * c.batch_size + (readings * validation + test) / 3
-    return arithmetic(run.model) * seen
+    return arithmetic(run.model, run.size) * seen
 
 
 def timed_step(run) -> float:
@@ -61,7 +61,7 @@ def timed_step(run) -> float:
     a run's whole network with one thread, or on the GPU.
     """
     gpu, name, c = torch.cuda.is_available(), run.model, run.config
-    model = untrained(name).to("cuda" if gpu else "cpu")
+    model = untrained(name, run.size).to("cuda" if gpu else "cpu")
     parts, images = anatomy(model), min(c.batch_size, 64 if gpu else 8)
     x = parts.blank(next(model.parameters())).expand(images, -1, -1, -1)
     with one_thread():
@@ -74,7 +74,9 @@ def timed_step(run) -> float:
             if gpu:
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
-    return (ends[-1] - ends[0]) / (len(ends) - 1) / images / arithmetic(name)
+    return (
+        (ends[-1] - ends[0]) / (len(ends) - 1) / images / arithmetic(name, run.size)
+    )
 
 # %% ../../nbs/runs/estimates.ipynb #d4869820
 def seconds_left(runs, store, slots) -> float:
@@ -86,7 +88,7 @@ def seconds_left(runs, store, slots) -> float:
     if not open_runs:
         return 0.0
     if not found:
-        smallest = min(open_runs, key=lambda run: arithmetic(run.model))
+        smallest = min(open_runs, key=lambda run: arithmetic(run.model, run.size))
         return timed_step(smallest) * sum(map(size_of, open_runs)) / slots
     spent, size = Counter(), Counter()
     for run, record in found:

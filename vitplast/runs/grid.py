@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'FURTHER', 'CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'PRESETS',
-           'model_contents', 'last_names', 'task_contents', 'check_task', 'canonical_selection', 'RunConfig', 'Grid',
-           'next_rate', 'further_rate', 'several', 'all_runs', 'with_weights', 'read_grids', 'published', 'hundredth']
+           'model_contents', 'last_names', 'task_contents', 'check_task', 'canonical_selection', 'canonical_size',
+           'RunConfig', 'Grid', 'next_rate', 'further_rate', 'several', 'all_runs', 'with_weights', 'read_grids',
+           'published', 'hundredth']
 
 # %% ../../nbs/runs/grid.ipynb #546d2379
 import json
@@ -24,12 +25,16 @@ from vitplast.data import (
     known_as,
     suite_of,
 )
-from ..files import check_name, fingerprint, key, settings
+from ..files import check_name, fingerprint, key, later, restored, settings
 from vitplast.models import (
     CHOICES,
     EXTENSION,
+    FOCUS,
+    SHA256,
     SHIPPED,
     Selection,
+    anatomy,
+    check_focus_size,
     check_model,
     load,
     model_source,
@@ -50,6 +55,8 @@ def model_contents(name) -> str:
     """
     if name in shipped():
         return fingerprint(SHIPPED / f"{name}{EXTENSION}")
+    if name == FOCUS:  # pinned
+        return SHA256[:12]
     if (path := model_source(name).path) is None:
         return ""
     if path.is_file():
@@ -91,6 +98,27 @@ def canonical_selection(model, selection) -> str:
     return found.text.removesuffix("+head")
 
 # %% ../../nbs/runs/grid.ipynb #1b1760ac
+@lru_cache(maxsize=None)
+def canonical_size(model, size) -> "int | None":
+    """The side of the images of a model, None for its own; ValueError for one that
+    the model does not take.
+    """
+    if size is None:
+        return None
+    if type(size) is not int or size < 1:
+        raise ValueError(
+            f"size={size!r}: expected a positive integer, or null for the model's own"
+        )
+    own = anatomy(skeleton(model)).image_shape
+    if own is None or size == own[-1]:
+        return None
+    if model == FOCUS:
+        check_focus_size(size)
+    if model in shipped() or Path(model).suffix == EXTENSION:
+        raise ValueError(f"size={size}: {model} takes images of {own[-1]} pixels")
+    return size
+
+
 @dataclass(frozen=True)
 class RunConfig:
     "One finetuning run, by names alone."
@@ -102,6 +130,8 @@ class RunConfig:
     # of the images: the checkpoint's own, or "published" for ImageNet's, as in the
     # paper
     normalisation: str = "own"
+    # side of the images in pixels; None: the model's own
+    size: int | None = later(None, before=None)
 
     def __post_init__(self):
         for what in ("model", "task"):
@@ -129,13 +159,15 @@ class RunConfig:
             ("model", model),
             ("task", name),
             ("components", components),
+            ("size", canonical_size(model, self.size)),
         ):
             object.__setattr__(self, what, value)
 
     @classmethod
     def from_record(cls, record) -> "RunConfig":
         "The run that a record is of."
-        found = {f.name: record[f.name] for f in fields(cls)}
+        known = restored(cls, record)
+        found = {f.name: known[f.name] for f in fields(cls)}
         return cls(
             **found | {"config": FinetuneConfig.from_record(record["config"])}
         )
@@ -153,9 +185,7 @@ class RunConfig:
 
     def base(self) -> "RunConfig":
         "What the run shares with all others of its model and task."
-        return RunConfig(
-            self.model, self.task, "head", normalisation=self.normalisation
-        )
+        return replace(self, components="head", config=FinetuneConfig())
 
     def arm(self) -> "RunConfig":
         "What the run shares with all others that differ in learning rate and seed."
@@ -163,7 +193,7 @@ class RunConfig:
 
     def load_model(self):
         "The model that the run starts from."
-        model = load(self.model)
+        model = load(self.model, **{"img_size": self.size} if self.size else {})
         if self.normalisation == "published":
             own = getattr(model, "pretrained_cfg", {})
             model.pretrained_cfg = dict(own) | PUBLISHED_NORMALISATION
@@ -171,9 +201,10 @@ class RunConfig:
 
     def __str__(self):
         c = self.config
+        at = f" {self.size} px" if self.size else ""
         return (
-            f"{self.model} {self.task} {self.components} {c.optimizer} lr={c.lr:g}"
-            f" seed={c.seed}"
+            f"{self.model}{at} {self.task} {self.components} {c.optimizer}"
+            f" lr={c.lr:g} seed={c.seed}"
         )
 
 # %% ../../nbs/runs/grid.ipynb #c3faba37
@@ -192,6 +223,8 @@ class Grid:
     # what all runs share
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
     normalisation: str = "own"
+    # side of the images in pixels; None: each model's own
+    size: int | None = None
     # go on beyond the rates where the best one lies on their edge
     extend: bool = False
 
@@ -226,6 +259,7 @@ class Grid:
                 selection,
                 replace(self.config, lr=lr, seed=seed, optimizer=optimizer),
                 self.normalisation,
+                self.size,
             )
             for seed, model, name, optimizer, selection, lr in product(
                 self.seeds,

@@ -321,6 +321,8 @@ def sweep(
 def of_record(record) -> dict:
     "The columns that say which run a record is of."
     c = FinetuneConfig.from_record(record["config"])
+    images = {"images": record["normalisation"]}
+    images |= {"size": size} if (size := record.get("size")) else {}
     return {
         "model": record["model"],
         "task": record["task"],
@@ -332,7 +334,7 @@ def of_record(record) -> dict:
         "clip_head": c.clip_head,
         "head_lr": c.head_lr,
         # tells runs apart that differ in more than learning rate and seed
-        "recipe": key(c.recipe() | {"images": record["normalisation"]})[:8],
+        "recipe": key(c.recipe() | images)[:8],
     }
 
 # %% ../../nbs/runs/sweep.ipynb #9bf23c0e
