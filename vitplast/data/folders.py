@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYOUT', 'FOREIGN', 'TABLES', 'COLUMNS', 'SETTLED', 'Found', 'is_image', 'below', 'subfolders', 'class_folders',
            'say_what_is_left_out', 'holds_classes', 'is_table', 'read_table', 'find_in_table', 'labelled',
-           'find_pictures', 'pictures_of', 'folder_contents', 'by_original', 'split_rows', 'build_folder',
+           'find_pictures', 'pictures_of', 'folder_contents', 'joined', 'by_original', 'split_rows', 'build_folder',
            'folder_task']
 
 # %% ../../nbs/data/folders.ipynb #9c441732
@@ -21,6 +21,8 @@ from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch.utils.data import Subset
 
 from .copies import originals
@@ -62,6 +64,8 @@ class Found(NamedTuple):
     files: list
     labels: np.ndarray
     given: "np.ndarray | None"  # number of each file's split, where the folder says
+    # pictures of one number show one thing, and share a split as copies do
+    things: "np.ndarray | None" = None
 
 
 def is_image(path) -> bool:
@@ -290,6 +294,21 @@ def folder_contents(path) -> str:
     return key(named)[:12]
 
 # %% ../../nbs/data/folders.ipynb #fe10b5d4
+def joined(number, things) -> np.ndarray:
+    "Numbers (N,) that are equal for pictures linked by equal numbers of either kind."
+    both = [np.unique(t, return_inverse=True)[1] for t in (number, things)]
+    nodes = len(number)
+    pairs = np.concatenate(
+        [
+            [np.arange(nodes), nodes + both[0]],
+            [np.arange(nodes), 2 * nodes + both[1]],
+        ],
+        1,
+    )
+    graph = coo_array((np.ones(2 * nodes), pairs), shape=(3 * nodes,) * 2)
+    return connected_components(graph, directed=False)[1][:nodes]
+
+
 def by_original(labels, originals, classes, shares) -> list:
     "Rows of each share, all copies of a picture in one, labelled as its first."
     _, first = np.unique(originals, return_index=True)
@@ -339,6 +358,8 @@ def build_folder(path, found, size, crop, augment, folder, **how) -> dict:
     images, labels = np.load(every, mmap_mode="r"), found.labels[kept]
     given = None if found.given is None else found.given[kept]
     number = originals(images)
+    if found.things is not None:
+        number = joined(number, found.things[kept])
     (rows, gone), said = split_rows(found, labels, given, number), []
     if copies := len(number) - len(set(number.tolist())):
         left = f"; {gone} of them left training or validation" * (gone > 0)

@@ -454,7 +454,7 @@ def read_task(folder) -> Task:
     return Task(facts["name"], **parts, **about)
 
 # %% ../../nbs/data/reading.ipynb #127f1909
-PICTURES_VERSION = {"drawn": 1, "read": 1, "folder": 3}
+PICTURES_VERSION = {"drawn": 1, "read": 1, "folder": 3, "real": 1}
 
 # %% ../../nbs/data/reading.ipynb #557f084f
 def said_again(folder) -> Task:

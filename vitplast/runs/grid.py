@@ -77,7 +77,8 @@ def task_contents(name) -> "str | int":
     if suite is None:
         version = PICTURES_VERSION["folder"]
         return folder_contents(name) + f"-{version}" * (version > 1)
-    return PICTURES_VERSION["drawn" if suite == "offline" else "read"]
+    kind = {"offline": "drawn", "real": "real", "paper": "read"}[suite]
+    return PICTURES_VERSION[kind]
 
 # %% ../../nbs/runs/grid.ipynb #95fd6bcf
 def check_task(name):
