@@ -1,5 +1,6 @@
 """Finetuning: what is frozen stays, what trains moves, selection on validation, one update by hand."""
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import vitplast as vp
 from vitplast.files import key, settings
 from vitplast.data import Split
 from vitplast.models import KINDS, chosen_places, prepare
-from vitplast.training import image_order, new_head, warmup_cosine
+from vitplast.training import finetune_many, image_order, new_head, warmup_cosine
 from vitplast.training.finetune import evaluate
 from vitplast.training.probe import fit_head
 
@@ -210,7 +211,7 @@ def test_the_schedule_starts_above_zero_and_never_exceeds_one(steps, warmup):
     (dict(batch_size=2.5), "batch_size=2.5"), (dict(momentum=1), r"momentum=1: expected a number in \[0, 1\)"), (dict(weight_decay=-1), "weight_decay=-1"),
     (dict(steps=True), "steps=True: expected a positive integer"), (dict(seed=1.5), "seed=1.5: expected a whole number"), (dict(seed=10**20), "seed=1000+: expected"),
     (dict(lr="0.1"), "lr='0.1': expected a positive number"), (dict(lr=True), "lr=True"), (dict(weight_decay=math.inf), "weight_decay=inf: expected a number"), (dict(final_norm="no"), "final_norm='no': expected True or False"),
-    (dict(momentum="x"), "momentum='x': expected a number"), (dict(head_lr="0.1"), "head_lr='0.1': expected None"), (dict(clip=0), "clip=0: expected a positive number, or None"), (dict(bf16=1), "bf16=1: expected True or False"),
+    (dict(momentum="x"), "momentum='x': expected a number"), (dict(head_lr="0.1"), "head_lr='0.1': expected None"), (dict(clip=0), "clip=0: expected a positive number, or None"), (dict(bf16=1), "bf16=1: expected True, False or .auto."), (dict(bf16="yes"), "bf16='yes': expected True, False"),
     (dict(optimizer="adam"), "optimizer=.adam.: expected one of"), (dict(accumulate=33), "accumulate=33: expected at most batch_size=32"), (dict(watch=["MHSA"]), "watch=.*: expected some of"),
 ])  # fmt: skip
 def test_bad_settings(kwargs, message):
@@ -405,3 +406,29 @@ def test_the_trained_part_ends_with_the_context():
     vp.trainable(model, "MHA.v")
     vp.trainable(model, "MHA.qkv")  # the later call is the one that counts
     assert rows() == [True, True, True] and chosen_places("MHA.qkv", model)["blocks.0.attn.qkv.weight"] is None
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_bf16_by_timing_is_one_of_the_two_and_said(model, stripes, monkeypatch, faster):
+    single = model.float()
+    module = sys.modules["vitplast.training.finetune"]
+    asked = []
+    monkeypatch.setattr(module, "TIMED", {})
+    monkeypatch.setattr(module, "seconds_of_a_step", lambda logits, images, bf16: asked.append(bf16) or (1.0 if bf16 == faster else 2.0))
+    auto = vp.finetune(single, stripes, "LN1", vp.FinetuneConfig(**{**vars(FAST), "bf16": "auto"}))
+    told = vp.finetune(single, stripes, "LN1", vp.FinetuneConfig(**{**vars(FAST), "bf16": faster}))
+    assert auto.bf16 == told.bf16 == faster and auto.config.bf16 == "auto" and auto.record()["bf16"] == faster
+    assert auto.history.equals(told.history) and auto.test_accuracy == told.test_accuracy
+    (many,) = finetune_many(single, stripes, "LN1", [auto.config])
+    assert many.bf16 == faster and many.history.loss.tolist() == pytest.approx(told.history.loss.tolist(), rel=1e-3 if not faster else 2e-2)
+    assert asked == [False, True, False]  # once per process, whoever asks
+
+
+def test_timing_leaves_no_trace(model):
+    single = model.float()
+    module = sys.modules["vitplast.training.finetune"]
+    module.TIMED.clear()
+    state, before = torch.get_rng_state(), [p.clone() for p in single.parameters()]
+    config = module.decided(single, vp.FinetuneConfig(batch_size=4, bf16="auto"))
+    assert isinstance(config.bf16, bool) and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, single.parameters()))

@@ -15,7 +15,7 @@ import torch
 from ..data import find_pictures, suite_of
 from ..models import anatomy, skeleton, untrained
 from .executors import one_thread
-from ..training import precision
+from ..training import decided, precision
 
 # %% ../../nbs/runs/estimates.ipynb #1cd2cac7
 @lru_cache(maxsize=None)
@@ -65,10 +65,10 @@ def timed_step(run) -> float:
     parts, images = anatomy(model), min(c.batch_size, 64 if gpu else 8)
     x = parts.blank(next(model.parameters())).expand(images, -1, -1, -1)
     with one_thread():
-        ends = []
+        bf16, ends = decided(model, c).bf16, []
         # the first one warms up
         while len(ends) < 2 or len(ends) < 4 and ends[-1] - ends[0] < 1:
-            with precision(x, c.bf16):
+            with precision(x, bf16):
                 loss = parts.logits(x).square().sum()
             loss.backward()
             if gpu:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from vitplast.training.finetune import (
     Run,
     as_history,
     clipped_together,
+    decided,
     gradient_groups,
     has_diverged,
     own_and_head,
@@ -389,6 +390,8 @@ def finetune_many(
     check_batch(task, configs[0])
     selection = Selection.of(selection, model)
     started, base = time.monotonic(), copy.deepcopy(model)
+    bf16 = decided(base, configs[0]).bf16
+    computed = [replace(c, bf16=bf16) for c in configs]
     stacked, watched, masks = stack_runs(base, task, selection, configs)
     for p in base.parameters():
         p.requires_grad_(False)
@@ -396,7 +399,7 @@ def finetune_many(
     shown = f"{selection.text} x {len(configs)}" if progress else None
     try:
         histories, accuracies, steps, best = train_runs(
-            whole, task, stacked, watched, masks, configs, shown, compiled
+            whole, task, stacked, watched, masks, computed, shown, compiled
         )
     except RuntimeError as error:
         if "random" not in str(error) and "inplace" not in str(error):
@@ -405,7 +408,7 @@ def finetune_many(
             f"this {type(model).__name__} draws random numbers or changes"
             " statistics while it trains: expected runs one by one"
         ) from error
-    tested = evaluate_runs(whole, best, task.test, bf16=configs[0].bf16)[1].tolist()
+    tested = evaluate_runs(whole, best, task.test, bf16=bf16)[1].tolist()
     seconds, runs = (time.monotonic() - started) / len(configs), []
     for r, config in enumerate(configs):
         frozen = {
@@ -430,6 +433,7 @@ def finetune_many(
                 test_accuracy=tested[r] if steps[r] else 0.0,
                 n_trained=n_trained(chosen, masks),
                 seconds=seconds,
+                bf16=bf16,
                 model=own,
             )
         )
@@ -452,6 +456,7 @@ def saved_bytes(function) -> int:
 def memory_per_run(model, task, selection, config) -> int:
     "Bytes that one more run of a group needs, on the device of the model."
     base = copy.deepcopy(model)
+    bf16 = decided(base, config).bf16
     stacked, *_ = stack_runs(base, task, Selection.of(selection, base), [config])
     for p in base.parameters():
         p.requires_grad_(False)
@@ -464,9 +469,7 @@ def memory_per_run(model, task, selection, config) -> int:
     )
     images = prepare(base, images)[None]
     of_weights = sum(p.nbytes for p in weights.values())
-    saved = saved_bytes(
-        lambda: loss_of(whole, weights, images, labels[None], config.bf16)
-    )
+    saved = saved_bytes(lambda: loss_of(whole, weights, images, labels[None], bf16))
     return saved + of_weights * (4 if config.optimizer == "sgd" else 5)
 
 # %% ../../nbs/training/batched.ipynb #4c8bc192

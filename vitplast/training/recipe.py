@@ -67,7 +67,10 @@ ALLOWED = {
         lambda v: is_whole(v) and 0 <= v < 2**63,
     ),
     "accumulate": COUNT,
-    "bf16": TRUTH,
+    "bf16": (
+        'True, False or "auto"',
+        lambda v: isinstance(v, bool) or v == "auto",
+    ),
     "log_every": COUNT,
     "watch": (f"some of {KINDS}", lambda v: set(v) <= set(KINDS)),
     "clip_head": (f"one of {CLIP_HEAD}", lambda v: v in CLIP_HEAD),
@@ -114,7 +117,8 @@ class FinetuneConfig:
     seed: int = 0  # of the head's first weights and of the order of the images
     # pieces that a batch is computed in; the update is that of the whole batch
     accumulate: int = 1
-    bf16: bool = False  # autocast the forward passes
+    # autocast the forward passes; "auto": if three steps are faster that way here
+    bf16: "bool | str" = False
     log_every: int = 1  # steps that a row of the history averages over
     # kinds whose gradient norms are recorded even where they are frozen
     watch: tuple = ()
