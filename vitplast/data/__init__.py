@@ -12,7 +12,8 @@ __all__ = door(
     folders="find_pictures folder_contents",
     corruptions="CORRUPTIONS corrupt",
     offline="OFFLINE",
+    real="REAL photographs",
     published="PAPER PUBLISHED_NORMALISATION",
     tasks="SUITES known_as pretraining_images suite_of task task_for tasks",
-    measuring="DISTRIBUTIONS FORMULA measure named_images",
+    measuring="DISTRIBUTIONS FORMULA PHOTOGRAPHS measure named_images",
 )

@@ -12,7 +12,7 @@ __all__ = door(
         "contact_sheet depth_lines differences draw_boxes draw_loss draw_rate "
         "image_rows keep_headline mean_ranks measurement panels training_curves"
     ),
-    study="Study StudyConfig study summary",
+    study="REAL_STUDY Study StudyConfig study summary",
     console="edges_text plan_text sweep_text",
     report="FOOTNOTE difference_noise display_frame findings report_html text_table",
 )
