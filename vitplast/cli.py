@@ -93,8 +93,8 @@ def demo(
     """Measure, bound, finetune and rank the components of the shipped model on real
     handwritten digits, or of a real network on clip art.
 
-    Takes a few minutes on two cores, with --real half an hour. Stopped or run again, it takes up the finished
-    runs in the output folder.
+    Takes a few minutes on two cores, with --real half an hour. Stopped or run
+    again, it takes up the finished runs in the output folder.
 
     Examples:
 
@@ -259,11 +259,14 @@ def measure(
             raise ValueError(
                 f"--inputs {inputs!r}: expected one of {(*INPUTS, 'both')}"
             )
-        options = {"checkpoint_path": checkpoint, "num_classes": num_classes}
-        options = {k: v for k, v in options.items() if v is not None}
-        loaded = load(
-            model, **options | ({"pretrained": False} if untrained else {})
-        )
+        if checkpoint and untrained:
+            raise ValueError(
+                f"--untrained and --checkpoint {checkpoint}: expected one of them"
+            )
+        options = {"pretrained": False} if untrained else {}
+        options |= {} if num_classes is None else {"num_classes": num_classes}
+        model = f"{model}@{checkpoint}" if checkpoint else model
+        loaded = load(model, **options)
         protocols = INPUTS if inputs == "both" else (inputs,)
         frame = measured(
             loaded,
@@ -290,9 +293,8 @@ def measure(
     if as_json:
         typer.echo(frame.to_json(orient="records", indent=1))
     else:
-        table = frame.pivot_table(
-            "plasticity", "component", "inputs", sort=False
-        ).loc[list(THEORY_ORDER), list(protocols)]
+        means = frame.groupby(["component", "inputs"]).plasticity.mean().unstack()
+        table = means.loc[list(THEORY_ORDER), list(protocols)]
         typer.echo(
             f"\n{model}, {frame.source[0]} against {target}: plasticity, mean over"
             f" blocks\n\n{table.round(3).to_string()}\n"
@@ -421,6 +423,8 @@ def sweep(
         sweep as swept,
         with_weights,
     )
+    import pandas as pd
+
     from vitplast.showing import edges_text, plan_text, sweep_text
 
     store = store or Path(f"vitplast-{Path(plan).stem}")
@@ -442,9 +446,8 @@ def sweep(
             typer.echo(plan_text(runs, records, choice, more, as_json))
             return
         frame = swept(grids, records, executor, workers, compiled, extend=extend)
-        probes = probe_frame(
-            [run for run in runs if records.get(run.identity())], records
-        )
+        done = [run for run in runs if records.get(run.identity())]
+        probes = probe_frame(done, records) if done else pd.DataFrame()
         if compact:
             records.compact()
     failed = frame.attrs["failed"]

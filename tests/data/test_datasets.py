@@ -1,5 +1,6 @@
 """Tables and data sets of other libraries: the same pictures in any form are the same task, and what is none is named."""
 import os
+from io import BytesIO
 
 import datasets
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from test_folders import fill, picture, sides
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 import vitplast as vp
 from vitplast.data import folder_contents
+from vitplast.data.datasets import bytes_of
 from vitplast.data.folders import find_pictures
 
 SPLITS = ("train", "validation", "test")
@@ -113,6 +115,30 @@ def test_the_cache_knows_a_data_set_by_its_pictures_and_labels(tmp_path, monkeyp
     assert len(list(tmp_path.glob("Pairs-*"))) == 3
 
 
+def test_two_halves_may_change_places():
+    half = [i for i in range(20) if i % 2], [i for i in range(20) if not i % 2]
+    a, b = (Pairs([PICTURES[i] for i in rows], [LABELS[i] for i in rows]) for rows in half)
+    one, other = vp.task({"train": a, "test": b}, size=48), vp.task({"test": a, "train": b}, size=48)
+    assert not sides(one)[2] & sides(other)[2] and vp.task(a, size=48, name="mine").name == "mine"
+
+
+def test_pictures_that_decode_otherwise_are_others():
+    deep = [Image.fromarray(np.full((9, 9), v, np.uint16)) for v in (300, 40000)]
+    flat = picture(3).resize((9, 6))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    def saved(**how):
+        flat.save(file := BytesIO(), "PNG", **how)
+        return Image.open(BytesIO(file.getvalue()))
+    assert len({bytes_of(p) for p in (*deep, saved(), saved(exif=turned), saved(transparency=(255, 255, 255)))}) == 5
+
+
+def test_classes_of_parts_of_parts(tmp_path):
+    whole = Pairs(PICTURES, LABELS, classes=["zebra", "ant"])
+    nested = Subset(Subset(whole, range(20)), range(20))
+    assert vp.task(nested, size=8).classes == vp.task(ConcatDataset([nested, whole]), size=8).classes == ("zebra", "ant")
+
+
 def test_a_table_is_known_by_its_text_and_its_pictures(folder, tmp_path):
     rows = [(f"photos/{c}/0-{i}.png", c) for c in ("bird", "cat") for i in range(10)]
     file, seen = tmp_path / "mine.csv", set()
@@ -141,16 +167,19 @@ def test_a_grid_and_the_command_line_take_tables(folder, tmp_path):
 
 WRONG_TABLES = [
     ("file,label\n", "0 classes to train on, expected at least 2"),
-    ("", "not a table in UTF-8"),
+    ("", r"0 columns of files in .., expected one, as in file,label,split"),
     ("file,lable\na.png,x\n", r"0 columns of labels in .'file', 'lable'., expected one"),
     ("file,path,label\na,b,c\n", r"2 columns of files in"),
     ("file,label\nphotos/bird/0-0.png,bird\nphotos/none.png,cat\n", "1 of 2 files do not exist, first .*none.png"),
     ("file,label\nphotos/bird/0-0.png,bird\nphotos/bird/0-1.png,\n", "no label in line 3"),
     ("file,label\nphotos/bird/0-0.png,bird\nphotos/bird/0-0.png,cat\n", r"0-0.png has the labels .'bird', 'cat'."),
     ("file,label\nphotos/bird/0-0.png,bird\n", "1 classes to train on"),
-    ("file,label,split\nphotos/bird/0-0.png,bird,train\nphotos/cat/0-0.png,cat,dev\n", "split 'dev', expected one of .'train'"),
+    ("file,label,split\nphotos/bird/0-0.png,bird,train\nphotos/cat/0-0.png,cat,later\n", "split 'later', expected one of .'train'"),
     ("file,label,split\nphotos/bird/0-0.png,a,train\nphotos/cat/0-0.png,b,train\nphotos/cat/0-1.png,c,test\n", "class 'c' is not among the training classes"),
     ("file,label\nphotos/bird/0-0.png,a\nphotos/cat/0-0.png,b\n", "class 'a' has 1 image: expected at least 3"),
+    ("file,label\nphotos/bird/0-0.png,bird,\n", "line 2 has 3 columns, expected 2: file, label"),
+    ("file,label,label\na,b,c\n", "2 columns of labels in"),
+    ("file,label\n\n\nphotos/bird/0-0.png,\n", "no label in line 4"),
     (b"file,label\n\xff\xfe,x\n", "not a table in UTF-8"),
 ]  # fmt: skip
 
@@ -174,21 +203,28 @@ class Endless(IterableDataset):
 
 
 @pytest.mark.parametrize("given, options, error, message", [
-    (Pairs([torch.rand(3, 8, 8)] * 6, [0, 1] * 3), {}, TypeError, r"picture 0 of the data set: a float32 ndarray .8, 8, 3., expected a Pillow image or bytes: give the data set without its transform"),
+    (Pairs([torch.rand(3, 8, 8)] * 6, [0, 1] * 3), {}, TypeError, r"picture 0 of the data set: a float32 Tensor .3, 8, 8., expected a Pillow image or bytes: give the data set without its transform"),
     (Pairs([np.zeros((8, 8, 4), np.uint8)] * 6, [0, 1] * 3), {}, TypeError, r"a ndarray .8, 8, 4., expected .height, width, 3."),
-    (Pairs(["cat.png"] * 6, [0, 1] * 3), {}, TypeError, "a  str , expected a Pillow image"),
+    (Pairs(["cat.png"] * 6, [0, 1] * 3), {}, TypeError, "a  str .., expected a Pillow image"),
     (Pairs(PICTURES, [-1, *LABELS[1:]]), {}, ValueError, "picture 0 of the data set: label -1, expected the number or name of a class"),
     (Pairs(PICTURES, [*LABELS[1:], None]), {}, ValueError, "picture 19 of the data set: label None"),
     (Pairs(PICTURES, [0.5] * 20), {}, ValueError, "label 0.5"),
     (Pairs(PICTURES, [*LABELS[1:], 7], classes=("a", "b")), {}, ValueError, "picture 19 of the data set: label 7, expected 0 to 1"),
     (Pairs(PICTURES, [0] * 20), {}, ValueError, "1 classes to train on"),
     (Pairs([], []), {}, ValueError, "holds nothing"),
-    (Noise(PICTURES, LABELS), {}, ValueError, "its first picture is another each time, expected a data set without random transforms"),
+    (Noise(PICTURES, LABELS), {}, ValueError, "its pictures are others each time, expected a data set without random transforms"),
     (Endless(), {}, TypeError, "is a Endless: expected a name, a folder, a table, or a data set with a length"),
-    ({"train": Pairs(PICTURES, LABELS), "dev": Pairs(PICTURES, LABELS)}, {}, ValueError, "split 'dev': expected some of"),
+    ({"train": Pairs(PICTURES, LABELS), "later": Pairs(PICTURES, LABELS)}, {}, ValueError, "split 'later': expected some of"),
     (hugging(PICTURES, LABELS, fine=LABELS), {}, ValueError, "more than one column of labels in .'image', 'label', 'fine'.: expected its name, label=..."),
-    (hugging(PICTURES, LABELS), {"label": "klass"}, ValueError, "no column of labels in .'image', 'label'.: expected its name"),
+    (hugging(PICTURES, LABELS), {"label": "klass"}, ValueError, "no column of labels in .'image', 'label'.: expected its name, label=...; nearest: 'label'"),
     (hugging(PICTURES, LABELS), {"max_pixels": 9}, TypeError, "takes no .'max_pixels'.: expected some of"),
+    (pd.DataFrame({"image": [1], "label": [2]}), {}, TypeError, "is a DataFrame: expected a name, a folder, a table"),
+    ({"train": {"a": Pairs(PICTURES, LABELS)}}, {}, TypeError, "is a dict: expected a name"),
+    (Pairs([np.zeros((0, 0, 3), np.uint8)] * 6, [0, 1] * 3), {}, TypeError, r"a ndarray .0, 0, 3., expected .height, width, 3."),
+    (Pairs([None] * 6, [0, 1] * 3), {}, TypeError, "a  NoneType .., expected a Pillow image"),
+    (Pairs(PICTURES, LABELS[:5]), {}, ValueError, "picture 19 of the data set: cannot be read .IndexError"),
+    (Pairs(PICTURES, LABELS), {"crop": 1.5}, ValueError, "crop=1.5: expected a share of the short side, above 0 and up to 1"),
+    (Pairs(PICTURES, LABELS), {"crop": "x"}, ValueError, "crop='x': expected a share"),
     ([(PICTURES[0], 0)], {}, TypeError, "is a list: expected a name"),
 ])  # fmt: skip
 def test_what_is_no_data_set_is_named(given, options, error, message):

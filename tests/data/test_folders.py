@@ -102,7 +102,7 @@ def test_copies_leave_training_and_validation_where_the_splits_are_given(tmp_pat
 
 @pytest.mark.parametrize("names, sizes, said", [
     (("train", "validation", "test"), (20, 20, 20), None), (("Train", "Val", "Test"), (20, 20, 20), None), (("train", "valid", "test"), (20, 20, 20), None),
-    (("train", "test"), (16, 4, 20), None), (("train", "val"), (16, 4, 20), "no test/ folder; its val/ is the test split"),
+    (("train", "test"), (16, 4, 20), None), (("train", "val"), (16, 4, 20), "no test split; its validation split is tested on"),
 ])  # fmt: skip
 def test_folders_of_splits_are_read_as_they_are(tmp_path, names, sizes, said):
     for i, part in enumerate(names):

@@ -2,7 +2,10 @@
 import json
 import os
 import shutil
+from argparse import Namespace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -57,13 +60,20 @@ def test_a_name_and_a_file_are_one_text(net, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, error, message", [
     ("vit_tiny@{}/mine.safetensors", ValueError, "unknown model 'vit_tiny'; nearest known"),
     (TINY + "@{}/none.safetensors", FileNotFoundError, "none.safetensors: no such file"),
-    ("vit_small_patch16_224@{}/mine.safetensors", ValueError, "mine.safetensors: no weights for vit_small"),
-    ("owner/name@{}/mine.safetensors", ValueError, "holds its own weights, expected the name of one of timm's"),
+    ("vit_small_patch16_224@{}/mine.safetensors", ValueError, "mine.safetensors: 151 tensors do not fit VisionTransformer, first blocks.0.attn.proj.bias: .192., expected .384."),
+    ("owner/name@{}/mine.safetensors", FileNotFoundError, "no such file"),
+    ("formula-vit@{}/mine.safetensors", ValueError, "formula-vit has weights of its own, expected the name of one of timm's networks before @mine"),
+    (TINY + "@{}/run.pth", ValueError, "run.pth: expected a .safetensors file; other checkpoint formats can hold code, `vitplast convert"),
+    ("{}/run.pth", ValueError, "run.pth: expected a .safetensors file"),
+    ("{}/empty", ValueError, "no config.json in this folder"),
+    ("", ValueError, "unknown model ''"),
     ("{}/mine.safetensors", ValueError, "names no vitplast architecture"),
     ("{}/none.safetensors", FileNotFoundError, "none.safetensors: no such file"),
 ])  # fmt: skip
 def test_files_that_are_none(net, tmp_path, name, error, message):
     save_file(net.state_dict(), tmp_path / "mine.safetensors")
+    torch.save({}, tmp_path / "run.pth")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(error, match=message):
         vp.load(name.format(tmp_path))
 
@@ -82,6 +92,22 @@ def test_conversion_unwraps_and_says_how(net, tmp_path, wrap, held, prefix, othe
     assert same(vp.load(f"{TINY}@{done.path}"), net)
 
 
+def test_what_training_scripts_save_beside_weights_is_left(net, tmp_path):
+    beside = {"args": Namespace(lr=0.1, out=Path("x")), "epoch": np.float64(3), "history": np.arange(3.0)}
+    torch.save(beside | {"model": {"net": net.state_dict()}}, tmp_path / "run.pth")
+    done = convert(tmp_path / "run.pth")
+    assert done.held == "model.net" and same(vp.load(f"{TINY}@{done.path}"), net)
+    with pytest.raises(ValueError, match="is a .safetensors file already"):
+        convert(done.path, overwrite=True)
+
+
+def test_two_files_of_weights_are_one_too_many(net, tmp_path, monkeypatch):
+    save_file(net.state_dict(), tmp_path / "a@b.safetensors")
+    assert same(vp.load(f"{TINY}@{tmp_path}/a@b.safetensors"), net)
+    with pytest.raises(ValueError, match="two files of weights, expected one"):
+        vp.load(f"{TINY}@{tmp_path}/a@b.safetensors", checkpoint_path="other.safetensors")
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -92,7 +118,10 @@ class Evil:
     (torch.nn.Linear(2, 2), "run.bin: holds more than weights .torch.nn.modules.linear.Linear."),
     ([torch.ones(2)], "run.bin: holds a list, expected a dictionary of tensors"),
     ({"epoch": 3, "optimizer": {}}, r"run.bin: no weights in it; it holds .'epoch', 'optimizer'., expected tensors by name"),
-    ({"a": torch.ones(2), "b": "text"}, "run.bin: no weights in it"),
+    ({"a": torch.ones(2), "b": "text"}, "run.bin: entry 'b' is a str, beside 1 tensors"),
+    ({1: torch.ones(2)}, "run.bin: no weights in it"),
+    ({"a": torch.ones(2).to_sparse()}, "run.bin: tensor 'a' is sparse"),
+    (b"hello world, this is text", "run.bin: not a checkpoint of PyTorch"),
     ({}, "run.bin: no weights in it"),
     (b"garbage", "run.bin: (not a checkpoint of PyTorch|holds more than weights)"),
     (b"", "run.bin: not a checkpoint of PyTorch"),
@@ -199,13 +228,34 @@ def test_folders_that_are_not_what_they_say(saved, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != one}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"mine: 1 tensors are missing or of another shape, first .*weight"):
         vp.load(folder)
+    if "text_model" not in str(tensors):
+        config = json.loads((folder / "config.json").read_text())
+        shallow = config["vision_config"] if "vision_config" in config else config
+        shallow["num_hidden_layers"] = 1
+        [shallow.pop(k, None) for k in ("out_features", "out_indices", "stage_names")]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="tensors belong to no block of its config.json, first .*1"):
+            vp.load(folder)
+    (folder / "model.safetensors").write_bytes(b"broken" * 9)
+    with pytest.raises(ValueError, match="mine: cannot be loaded"):
+        vp.load(folder)
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="mine: .*no file named model.safetensors"):
         vp.load(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: not JSON"):
-        vp.load(folder)
+    for text, message in (("{", "config.json: not JSON"), ("[]", "config.json: expected an object with model_type"), ("{}", "config.json: expected an object")):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            vp.load(folder)
+
+
+@pytest.mark.parametrize("text, message", [("{", "its image processor is not JSON"), ('{"size": 16}', "does not say mean, std and size as expected"), ('{"image_mean": null, "image_std": 1}', "does not say mean, std")])
+def test_image_processors_that_say_nothing(tmp_path, text, message):
+    SAVED["vit"]().save_pretrained(tmp_path / "mine")
+    (tmp_path / "mine/preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"mine: .*{message}"):
+        vp.load(tmp_path / "mine")
 
 
 def test_other_architectures_are_taken_as_they_are(tmp_path):

@@ -6,15 +6,17 @@
 __all__ = ['LAYOUT', 'FOREIGN', 'TABLES', 'COLUMNS', 'SETTLED', 'Found', 'is_image', 'below', 'subfolders', 'class_folders',
            'say_what_is_left_out', 'holds_classes', 'is_table', 'read_table', 'find_in_table', 'labelled',
            'find_pictures', 'pictures_of', 'folder_contents', 'joined', 'by_original', 'split_rows', 'build_folder',
-           'folder_task']
+           'check_crop', 'folder_task']
 
 # %% ../../nbs/data/folders.ipynb #9c441732
+import csv
 import json
 import os
 import time
 import warnings
 from contextlib import suppress
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -47,7 +49,9 @@ LAYOUT = {
     "val": 1,
     "valid": 1,
     "validation": 1,
+    "dev": 1,
     "test": 2,
+    "testing": 2,
 }  # name of a folder -> number of its split
 
 
@@ -144,30 +148,32 @@ def is_table(path) -> bool:
 
 
 def read_table(path) -> pd.DataFrame:
-    """Columns file, label and, where there is one, split, as text; ValueError for
-    what is no such table.
+    """Columns file, label and, where there is one, split, as text, and the line of
+    each row; ValueError for what is no such table.
     """
     try:
-        table = pd.read_csv(
-            path,
-            sep=TABLES[path.suffix.lower()],
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-        )
-    except ValueError as error:  # also of the parser, and of the encoding
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=TABLES[path.suffix.lower()])
+            lines = [(reader.line_num, row) for row in reader if any(row)]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a table in UTF-8 ({error})") from None
+    (_, header), *lines = lines or [(0, [])]
     known = {name: what for what, names in COLUMNS.items() for name in names}
-    found = {c: known.get(str(c).strip().lower()) for c in table}
+    found = [known.get(name.strip().lower()) for name in header]
     for what in ("file", "label", "split"):
-        if (times := [*found.values()].count(what)) > 1 or times < (
-            what != "split"
-        ):
+        if (times := found.count(what)) > 1 or times < (what != "split"):
             raise ValueError(
-                f"{path}: {times} columns of {what}s in {[*table]}, expected one, as"
+                f"{path}: {times} columns of {what}s in {header}, expected one, as"
                 " in file,label,split"
             )
-    return table.rename(columns=found)[[c for c in found.values() if c]]
+    if uneven := [(n, len(row)) for n, row in lines if len(row) != len(header)]:
+        raise ValueError(
+            f"{path}: line {uneven[0][0]} has {uneven[0][1]} columns, expected"
+            f" {len(header)}: {', '.join(header)}"
+        )
+    rows = [dict(zip(found, row)) | {"line": n} for n, row in lines]
+    columns = [c for c in ("file", "label", "split") if c in found]
+    return pd.DataFrame(rows, columns=[*columns, "line"])
 
 # %% ../../nbs/data/folders.ipynb #bc04afa5
 def find_in_table(path) -> Found:
@@ -175,14 +181,15 @@ def find_in_table(path) -> Found:
     label, a split that is none; FileNotFoundError for files that are not there.
     """
     table = read_table(path)
-    table["file"] = [path.parent / name for name in table.file]
+    table["file"] = [path.parent / Path(name).expanduser() for name in table.file]
     table["label"] = [normalize("NFC", name.strip()) for name in table.label]
     if gone := [str(f) for f in table.file if not f.is_file()]:
         raise FileNotFoundError(
-            f"{path}: {len(gone)} of {len(table)} files do not exist, first {gone[0]}"
+            f"{path}: {len(gone)} of {len(table)} files do not exist, first"
+            f" {gone[0]}"
         )
     if len(empty := table.index[table.label == ""]):
-        raise ValueError(f"{path}: no label in line {empty[0] + 2}")
+        raise ValueError(f"{path}: no label in line {table.line[empty[0]]}")
     names = table.groupby("file").label.unique()
     if len(two := names[names.map(len) > 1]):
         raise ValueError(f"{path}: {two.index[0]} has the labels {[*two.iloc[0]]}")
@@ -267,8 +274,8 @@ def pictures_of(path) -> list:
 
 @lru_cache(maxsize=None)  # a sweep begins by forgetting
 def folder_contents(path) -> str:
-    """Twelve hexadecimal digits of the names and bytes of all images below a folder,
-    or of a table and the images that it names.
+    """Twelve hexadecimal digits of the names and bytes of all images below a
+    folder, or of a table and the images that it names.
     """
     path, found, noted = Path(path).resolve(), {}, {}
     note = cache_folder() / "contents" / f"{key({'folder': str(path)})}.json"
@@ -295,7 +302,7 @@ def folder_contents(path) -> str:
 
 # %% ../../nbs/data/folders.ipynb #fe10b5d4
 def joined(number, things) -> np.ndarray:
-    "Numbers (N,) that are equal for pictures linked by equal numbers of either kind."
+    "Numbers (N,), equal for pictures linked by equal numbers of either kind."
     both = [np.unique(t, return_inverse=True)[1] for t in (number, things)]
     nodes = len(number)
     pairs = np.concatenate(
@@ -368,7 +375,7 @@ def build_folder(path, found, size, crop, augment, folder, **how) -> dict:
             f" same, or nearly so); all copies of one lie in one split{left}"
         )
     if given is not None and not (given == 2).any():
-        said.append(f"{path}: no test/ folder; its val/ is the test split")
+        said.append(f"{path}: no test split; its validation split is tested on")
     for name, mine in zip(SPLITS, rows):
         if not len(mine):
             raise ValueError(f"{path}: no picture is left for the {name} split")
@@ -386,6 +393,15 @@ def build_folder(path, found, size, crop, augment, folder, **how) -> dict:
     return facts | ({"crop": size} if augment else {})
 
 # %% ../../nbs/data/folders.ipynb #0eec01b5
+def check_crop(crop):
+    "ValueError unless a crop is a share of a picture's side."
+    if isinstance(crop, bool) or not isinstance(crop, Real) or not 0 < crop <= 1:
+        raise ValueError(
+            f"crop={crop!r}: expected a share of the short side, above 0 and up to"
+            " 1"
+        )
+
+
 def folder_task(
     path,
     size=224,
@@ -405,6 +421,7 @@ def folder_task(
     ValueError if it is empty, has a single class, a class with fewer than three
     originals, or pictures that cannot be read.
     """
+    check_crop(crop)
     path, found = Path(path), find_pictures(path)
     folder_contents.cache_clear()
     decides = {

@@ -30,7 +30,7 @@ UNLABELLED = (FORMULA, PHOTOGRAPHS)
 
 
 def decoded(files, size, crop, **how) -> tuple:
-    "Rows that could be read of files, and their pictures, bytes (n, 3, size, size)."
+    "Rows of files that could be read, and their pictures (n, 3, size, size)."
     with tempfile.TemporaryDirectory() as folder:
         kept, _ = decode(files, f"{folder}/all.npy", size, crop, **how)
         return kept, torch.from_numpy(np.load(f"{folder}/all.npy"))
@@ -56,9 +56,10 @@ def named_images(name, n, size, seed=0, **how) -> Split:
     """n random images with their labels, (n, 3, size, size) in bytes; all of a
     task's for n = None.
 
-    name: "formula" or "photographs" (labels are None), a task (its test split), or a folder of
-    images in any depth (labels are None); how: crop, skip_corrupt and max_pixels of
-    folders. Raises ValueError where there are fewer, or no such name.
+    name: "formula" or "photographs" (labels are None), a task (its test split),
+    or a folder of images in any depth (labels are None); how: crop, skip_corrupt
+    and max_pixels of folders. Raises ValueError where there are fewer, or no such
+    name.
     """
     if name == FORMULA:
         return Split(
@@ -253,11 +254,12 @@ def measure(
     """Plasticity of a model's components between images given by name.
 
     model: what vp.load takes, or a module; source, target: "formula",
-    "photographs", a task's name or a folder of images; source is "formula" for the shipped models, and must be
-    given for all others; n: pairs, or images of each side for pairs="all"; inputs:
-    one protocol or several. Pictures of folders keep the share of their centre that
-    the checkpoint's images kept, as its tasks do. Returns the frame of `plasticity`, one block of rows
-    per protocol, with the columns source, target, distribution and pairs before it.
+    "photographs", a task's name or a folder of images; source is "formula" for
+    the shipped models, and must be given for all others; n: pairs, or images of
+    each side for pairs="all"; inputs: one protocol or several. Pictures of
+    folders keep the share of their centre that the checkpoint's images kept, as
+    its tasks do. Returns the frame of `plasticity`, one block of rows per
+    protocol, with the columns source, target, distribution and pairs before it.
     Raises what `load`, `task` and `plasticity` raise.
     """
     model = load(model) if isinstance(model, str) else model

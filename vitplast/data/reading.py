@@ -199,9 +199,9 @@ def at_most(pixels):
 
 # %% ../../nbs/data/reading.ipynb #28814e8f
 def read_image(source, size, part=1.0, max_pixels=None) -> tuple:
-    """One image file, array (H, W, 3) or Pillow image as RGB bytes (3, size, size),
-    and its width over its height; ValueError naming a file that cannot be read, or that has
-    more pixels than `max_pixels` (None: 179 million).
+    """One image file, array (H, W, 3) or Pillow image as RGB bytes (3, size,
+    size), and its width over its height; ValueError naming a file that cannot be
+    read, or that has more pixels than `max_pixels` (None: 179 million).
     """
     try:
         with (

@@ -53,8 +53,8 @@ def all_there(task, files, command):
     "FileNotFoundError with the command where some of the files are missing."
     if gone := [str(f) for f in files if not f.is_file()]:
         raise FileNotFoundError(
-            f"{task}: {len(gone)} of {len(files)} files are missing, first {gone[0]};"
-            f" to get them: {command}"
+            f"{task}: {len(gone)} of {len(files)} files are missing, first"
+            f" {gone[0]}; to get them: {command}"
         )
 
 # %% ../../nbs/data/real.ipynb #178b3cd2
@@ -154,7 +154,7 @@ def find_solar(root=None) -> Found:
 
 # %% ../../nbs/data/real.ipynb #65afff84
 def find_emoji(root=None, shift=False) -> Found:
-    "Drawings of both hands by subcategory; shift: the second hand is the test split."
+    "Drawings of both hands by subcategory; shift: the second hand is for testing."
     packages = " ".join(f"emoji-datasource-{hand}@{EMOJI}" for hand in HANDS)
     base = real_root(root)
     command = f"npm install --prefix {base} {packages}"

@@ -67,10 +67,10 @@ def known_as(name) -> tuple:
     return suite, suite is None and there
 
 # %% ../../nbs/data/tasks.ipynb #e0620927
-def task(name, size=None, **options) -> Task:
+def task(given, /, size=None, **options) -> Task:
     """A task by name, or from pictures of your own.
 
-    name: one of a suite's, or a folder of class folders (always, if it is a
+    given: one of a suite's names, or a folder of class folders (always, if it is a
     pathlib.Path), or a table of files and labels (.csv), or a Dataset of torch or
     of Hugging Face, or a dictionary of these by split; size: image side in pixels
     (default 32 offline, else 224). options, for images from files: workers,
@@ -80,38 +80,39 @@ def task(name, size=None, **options) -> Task:
     one, and for pictures that are no task; FileNotFoundError that says how to get
     the files of a published one.
     """
-    of_program = is_dataset(name)
-    if not of_program and not isinstance(name, (str, Path)):
+    of_program = is_dataset(given)
+    if not of_program and not isinstance(given, (str, Path)):
         raise TypeError(
-            f"task {name!r:.80} is a {type(name).__name__}: expected a name, a"
+            f"task {given!r:.80} is a {type(given).__name__}: expected a name, a"
             " folder, a table, or a data set with a length"
         )
-    suite, folder = (None, False) if of_program else known_as(name)
+    suite, folder = (None, False) if of_program else known_as(given)
     own = DATASET_OPTIONS if of_program else FOLDER_OPTIONS if folder else options
     of_suite = {"paper": PUBLISHED_OPTIONS, "real": REAL_OPTIONS, None: own}
     allowed = of_suite.get(suite, ())
     if strange := sorted(set(options) - set(allowed)):
         raise TypeError(
-            f"task {str(name)!r:.80} takes no {strange}: expected some of"
+            f"task {str(given)!r:.80} takes no {strange}: expected some of"
             f" {[*allowed]}"
         )
     size = (32 if suite == "offline" else 224) if size is None else size
-    if not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size={size!r}: expected a positive integer")
     if suite == "offline":
-        return offline_task(str(name), size)
+        return offline_task(str(given), size)
     if suite == "real":
-        return real_task(str(name), size, **options)
+        return real_task(str(given), size, **options)
     if suite == "paper":
-        return published_task(str(name), size, **options)
+        return published_task(str(given), size, **options)
     if of_program:
-        return dataset_task(name, size, **options)
+        return dataset_task(given, size, **options)
     if folder:
-        return folder_task(name, size, **options)
+        return folder_task(given, size, **options)
     known = [n for names in SUITES.values() for n in names]
-    near = nearest(name, known) or known
+    near = nearest(given, known) or known
     raise ValueError(
-        f"unknown task {str(name)!r}: no folder or table of that name; nearest known: {near}"
+        f"unknown task {str(given)!r}: no folder or table of that name; nearest"
+        f" known: {near}"
     )
 
 # %% ../../nbs/data/tasks.ipynb #e2a0106a

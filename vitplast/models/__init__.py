@@ -15,7 +15,7 @@ __all__ = door(
     ),
     selection="CHOICES Selection chosen_places needs_model read_selection",
     focus="FOCUS SHA256 check_focus_size",
-    checkpoints="EXTENSION convert model_source on_hub",
+    checkpoints="EXTENSION FILES convert model_source on_hub",
     loading=(
         "HEADER SHIPPED ViTConfig build card check_model load prepare read save shipped "
         "skeleton untrained"

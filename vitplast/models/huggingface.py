@@ -10,6 +10,7 @@ __all__ = ['IMPLEMENTATIONS', 'VIT', 'DEIT', 'DINOV2', 'REGISTERS', 'CLIP', 'che
            'conv1d_weights', 'transformers_gpt2', 'byte_tokens']
 
 # %% ../../nbs/models/huggingface.ipynb #ed709099
+import re
 from typing import NamedTuple
 
 import torch
@@ -285,6 +286,11 @@ def load_transformers(place, pretrained=True, num_classes=None) -> nn.Module:
     config = AutoConfig.from_pretrained(repo, **where, **labels)
     headed = type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
     kind = AutoModelForImageClassification if headed else AutoModel
+    if labels and not headed:
+        raise ValueError(
+            f"{place}: num_classes={num_classes}, but a {config.model_type} has no"
+            " head for classes"
+        )
     loud = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -319,6 +325,17 @@ def check_complete(place, report):
         raise ValueError(
             f"{place}: {len(wrong)} tensors are missing or of another shape, first"
             f" {wrong[0]}"
+        )
+    # heads of other kinds and a text tower may be left, blocks may not
+    left = sorted(
+        k
+        for k in map(str, report["unexpected_keys"])
+        if re.search(r"layers?\.[0-9]+\.", k) and not k.startswith("text_model.")
+    )
+    if left:
+        raise ValueError(
+            f"{place}: {len(left)} tensors belong to no block of its config.json,"
+            f" first {left[0]}"
         )
 
 # %% ../../nbs/models/huggingface.ipynb #0e5e14ab
@@ -365,9 +382,17 @@ def images_of(place, **where) -> dict:
     """
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(place, **where)
-    except OSError:
+    except OSError as error:
+        if "JSON" in str(error):
+            raise ValueError(f"{place}: its image processor is not JSON") from None
         return {}
-    return as_pretrained_cfg(processor, place)
+    try:
+        return as_pretrained_cfg(processor, place)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{place}: its image processor does not say mean, std and size as"
+            f" expected ({error!r})"
+        ) from None
 
 # %% ../../nbs/models/huggingface.ipynb #1aef4b41
 def causal_mask(tokens) -> torch.Tensor:

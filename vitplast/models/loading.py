@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'SHIPPED', 'ViTConfig', 'positions', 'build', 'save', 'read', 'load_local', 'shipped', 'named_models',
-           'card', 'timm_names', 'check_timm', 'check_model', 'load_named', 'load', 'untrained', 'skeleton', 'prepare']
+           'card', 'timm_names', 'check_timm', 'own_weights', 'check_model', 'load_named', 'load', 'untrained',
+           'skeleton', 'prepare']
 
 # %% ../../nbs/models/loading.ipynb #5c0a0edf
 import json
@@ -28,6 +29,7 @@ from vitplast.models.checkpoints import (
     load_from_hub,
     on_hub,
     Source,
+    check_file,
     or_not_fetched,
     model_source,
 )
@@ -209,14 +211,26 @@ def check_timm(name):
         raise ValueError(f"unknown model {name!r}; nearest known: {near}")
 
 
+def own_weights(name, source):
+    "Raise the ValueError for a file beside a model that has its weights already."
+    raise ValueError(
+        f"{name}: {source.name} has weights of its own, expected the name of one of"
+        f" timm's networks before @{source.path.name}"
+    )
+
+
 def check_model(name):
     "ValueError or FileNotFoundError unless `load` may find a model of this name."
     source = model_source(name)
     if name in named_models() or source.path and source.path.is_dir():
         return
-    if source.path and not source.path.is_file():
-        raise FileNotFoundError(f"{name}: no such file")
-    if source.name and (timm.is_model(source.name) or not on_hub(source.name)):
+    if source.name in named_models():
+        own_weights(name, source)
+    if source.path:
+        check_file(source.path)
+    if not source.path and on_hub(source.name) and not timm.is_model(source.name):
+        return
+    if source.name or not source.path:
         check_timm(source.name)
 
 
@@ -229,12 +243,6 @@ def load_named(source, name, checkpoint, timm_kwargs) -> nn.Module:
                 f" networks for {checkpoint}"
             )
         return load_from_hub(str(source), **timm_kwargs)
-    if Path(source.name).is_file():
-        raise ValueError(
-            f"{name}: expected a {EXTENSION} file of this package, or a name;"
-            f" `vitplast convert {name}` makes one of a checkpoint of PyTorch, for"
-            " NETWORK@FILE"
-        )
     check_timm(source.name)
     if checkpoint:
         return load_checkpoint(source.name, checkpoint, **timm_kwargs)
@@ -251,14 +259,15 @@ def load_named(source, name, checkpoint, timm_kwargs) -> nn.Module:
 def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 
-    name: a shipped model ("formula-vit"), "focus-vit-small", one that timm knows, one of timm's with a
-    file of weights ("vit_base_patch16_224@mine.safetensors"), a safetensors file of
-    this package, a repository on the hub ("facebook/dinov2-small") or a folder
-    saved from one. timm_kwargs go to timm.create_model: `pretrained=False` for
-    random weights, `checkpoint_path=...` for a file, `num_classes`; models of
-    transformers take `pretrained` and `num_classes`. Raises ValueError for an
-    unknown name (with the nearest known ones) and for a damaged or foreign file,
-    FileNotFoundError for a missing file and for weights that cannot be fetched.
+    name: a shipped model ("formula-vit"), "focus-vit-small", one that timm knows,
+    one of timm's with a file of weights
+    ("vit_base_patch16_224@mine.safetensors"), a safetensors file of this package,
+    a repository on the hub ("facebook/dinov2-small") or a folder saved from one.
+    timm_kwargs go to timm.create_model: `pretrained=False` for random weights,
+    `checkpoint_path=...` for a file, `num_classes`; models of transformers take
+    `pretrained` and `num_classes`. Raises ValueError for an unknown name (with
+    the nearest known ones) and for a damaged or foreign file, FileNotFoundError
+    for a missing file and for weights that cannot be fetched.
     """
     if str(name) == FOCUS:
         return load_focus(**timm_kwargs)
@@ -266,25 +275,32 @@ def load(name, **timm_kwargs) -> nn.Module:
         source = Source("", SHIPPED / f"{name}{EXTENSION}")
     else:
         source = model_source(name)
-    checkpoint = timm_kwargs.pop("checkpoint_path", None) or (
-        source.name and source.path
-    )
-    if not source.name and source.path.suffix == EXTENSION:
+    given = timm_kwargs.pop("checkpoint_path", None)
+    if source.path and source.name in named_models():
+        own_weights(name, source)
+    if given and source.path and source.name:
+        raise ValueError(
+            f"{name} and checkpoint_path={str(given)!r}: two files of weights,"
+            " expected one"
+        )
+    checkpoint = given or (source.name and source.path)
+    if not source.name and source.path and not source.path.is_dir():
+        check_file(source.path)
         if timm_kwargs or checkpoint:
-            given = [*timm_kwargs] + ["checkpoint_path"] * bool(checkpoint)
+            stray = [*timm_kwargs] + ["checkpoint_path"] * bool(checkpoint)
             raise TypeError(
-                f"{name}: takes no further arguments, got {given}; they are for"
+                f"{name}: takes no further arguments, got {stray}; they are for"
                 " timm models"
             )
-        if not source.path.is_file():
-            raise FileNotFoundError(f"{name}: no such file")
         return load_local(source.path)
+    if not source.name and not source.path:
+        check_timm("")
     return load_named(source, name, checkpoint, timm_kwargs)
 
 # %% ../../nbs/models/loading.ipynb #3db8cc3c
 def untrained(name, size=None) -> nn.Module:
-    """The network of a name with random weights, or those of a file of this package;
-    size: of its images, if not its own.
+    """The network of a name with random weights, or those of a file of this
+    package; size: of its images, if not its own.
     """
     source, sized = model_source(name), {"img_size": size} if size else {}
     if timm.is_model(source.name):

@@ -29,6 +29,7 @@ from ..files import check_name, fingerprint, key, later, restored, settings
 from vitplast.models import (
     CHOICES,
     EXTENSION,
+    FILES,
     FOCUS,
     SHA256,
     SHIPPED,
@@ -61,7 +62,7 @@ def model_contents(name) -> str:
         return ""
     if path.is_file():
         return fingerprint(path)
-    files = sorted({*path.glob("*.json"), *path.glob(f"*{EXTENSION}")})
+    files = sorted(p for p in path.iterdir() if p.suffix in (".json", *FILES))
     return key({"files": [[p.name, fingerprint(p)] for p in files]})[:12]
 
 
@@ -108,7 +109,8 @@ def canonical_size(model, size) -> "int | None":
         return None
     if type(size) is not int or size < 1:
         raise ValueError(
-            f"size={size!r}: expected a positive integer, or null for the model's own"
+            f"size={size!r}: expected a positive integer, or null for the model's"
+            " own"
         )
     own = anatomy(skeleton(model)).image_shape
     if own is None or size == own[-1]:

@@ -178,11 +178,11 @@ def images_in(batch, what) -> torch.Tensor:
 
 
 def image_batches(parts, source, size, like, what, force=False):
-    """Checked batches from a tensor (N, C, H, W) or an iterable of batches, on the
-    device of the tensor `like`; token numbers (N, n) for a model of these.
+    """Checked batches from a tensor (N, C, H, W) or an iterable of batches, on
+    the device of the tensor `like`; token numbers (N, n) for a model of these.
 
-    Labels beside the images, in a tuple or a dictionary, are left out. TypeError for another precision than the
-    model's.
+    Labels beside the images, in a tuple or a dictionary, are left out. TypeError
+    for another precision than the model's.
     """
     check_precision(like, force)
     if not (isinstance(size, Integral) and size > 0):
@@ -332,6 +332,10 @@ def check_arguments(x, y, inputs, pairs, confidence, fast):
             f"fast={fast!r}: expected None or False; True shares the work of"
             ' inputs="embedding", pairs="paired"'
         )
+    x, y = (
+        images_in(s, what) if isinstance(s, Mapping) else s
+        for s, what in ((x, "x"), (y, "y"))
+    )
     both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
     if both and pairs != "all" and len(x) != len(y):
         raise ValueError(

@@ -59,7 +59,7 @@ def evaluate(model, split: Split, batch_size=256, bf16=False) -> tuple:
     return loss / len(split), correct / len(split)
 
 # %% ../../nbs/training/finetune.ipynb #54f9af6d
-TIMED = {}  # what this process found: (device, parameters, shape of a batch) -> bool
+TIMED = {}  # what this process found: (device, parameters, shape) -> bool
 
 
 def seconds_of_a_step(logits, images, bf16) -> float:
