@@ -147,16 +147,7 @@ def harmless() -> list:
     number, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
     kinds = "float64 float32 int64 int32 bool".split()
     dtypes = {type(np.dtype(kind)) for kind in kinds}
-    plain = [
-        Namespace,
-        defaultdict,
-        float,
-        int,
-        list,
-        PosixPath,
-        np.ndarray,
-        np.dtype,
-    ]
+    plain = [Namespace, PosixPath, np.ndarray, np.dtype]
     return [*plain, *dtypes, number, array]
 
 
