@@ -16,12 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 
 from .corruptions import CORRUPTIONS
-from .folders import below, class_folders, is_image
+from .folders import class_folders
 from vitplast.data.reading import (
     CENTRE,
     PICTURES_VERSION,
