@@ -4,6 +4,7 @@
     python tools/reproduce.py --smoke           all pages in a copy that is thrown away, two at a time; of every store of
                                                 results one record is measured again, the others are found
 """
+import math
 import os
 import shutil
 import sys
@@ -46,16 +47,16 @@ def forget_one(folder) -> dict:
     return {gone: records[gone]}
 
 
-def numbers(value):
-    "All numbers in nested lists and dictionaries but those of time and memory."
-    if isinstance(value, dict):
-        for k in sorted(value.keys() - {"seconds", "peak_memory", "together"}):
-            yield from numbers(value[k])
-    elif isinstance(value, list):
-        for v in value:
-            yield from numbers(v)
-    elif isinstance(value, (int, float)):
-        yield float(value)
+def numbers(value, place=()) -> dict:
+    "All numbers in nested lists and dictionaries but those of time and memory, by their place."
+    if isinstance(value, (int, float)):
+        return {place: float(value)}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = {}
+    for k, v in items:
+        if k not in ("seconds", "peak_memory", "together"):
+            found |= numbers(v, (*place, k))
+    return found
 
 
 def smoke():
@@ -74,7 +75,8 @@ def smoke():
                 new = Store(store).records().get(name)
                 if new is None:
                     raise SystemExit(f"no page has measured record {name} of {store.name} again: its key has changed, or no page reads it")
-                apart = max((abs(a - b) / max(abs(a), 1e-6) for a, b in zip(numbers(old), numbers(new))), default=0)
+                before, now = numbers(old), numbers(new)  # a newer record may say more
+                apart = max(abs(a - now.get(place, math.inf)) / max(abs(a), 1e-6) for place, a in before.items())
                 print(f"{store.name}: record {name} measured again, numbers within {apart:.1%} of the stored ones")
 
 
