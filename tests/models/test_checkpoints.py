@@ -66,6 +66,7 @@ def test_a_name_and_a_file_are_one_text(net, tmp_path, monkeypatch):
     (TINY + "@{}/run.pth", ValueError, "run.pth: expected a .safetensors file; other checkpoint formats can hold code, `vitplast convert"),
     ("{}/run.pth", ValueError, "run.pth: expected a .safetensors file"),
     ("{}/empty", ValueError, "no config.json in this folder"),
+    ("./nowhere", ValueError, "unknown model './nowhere'"),
     ("", ValueError, "unknown model ''"),
     ("{}/mine.safetensors", ValueError, "names no vitplast architecture"),
     ("{}/none.safetensors", FileNotFoundError, "none.safetensors: no such file"),

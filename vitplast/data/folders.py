@@ -135,6 +135,8 @@ def holds_classes(path) -> bool:
 
 # %% ../../nbs/data/folders.ipynb #6b2f4b92
 TABLES = {".csv": ",", ".tsv": "\t"}  # what separates the columns
+
+
 COLUMNS = {
     "file": ("file", "path", "image", "filename", "file_name"),
     "label": ("label", "class", "category"),
@@ -146,7 +148,7 @@ def is_table(path) -> bool:
     "Whether a path is a file named like a table."
     return Path(path).suffix.lower() in TABLES and Path(path).is_file()
 
-
+# %% ../../nbs/data/folders.ipynb #d76a86b5
 def read_table(path) -> pd.DataFrame:
     """Columns file, label and, where there is one, split, as text, and the line of
     each row; ValueError for what is no such table.
@@ -327,7 +329,7 @@ def by_original(labels, originals, classes, shares) -> list:
         raise ValueError(f"{error}{more}") from None
     return [np.flatnonzero(np.isin(originals, originals[first[p]])) for p in parts]
 
-
+# %% ../../nbs/data/folders.ipynb #b3a2a72a
 def split_rows(found, labels, given, number) -> tuple:
     """Rows of the three splits of decoded pictures, and how many copies left
     theirs.
@@ -401,7 +403,7 @@ def check_crop(crop):
             " 1"
         )
 
-
+# %% ../../nbs/data/folders.ipynb #001d45c8
 def folder_task(
     path,
     size=224,

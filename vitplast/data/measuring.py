@@ -25,7 +25,11 @@ from ..theory import plasticity
 
 # %% ../../nbs/data/measuring.ipynb #2b59948f
 FORMULA = "formula"  # the name of fresh formula images
+
+
 PHOTOGRAPHS = "photographs"  # of crops of three photographs
+
+
 UNLABELLED = (FORMULA, PHOTOGRAPHS)
 
 
@@ -51,7 +55,7 @@ def pair_source(path, n, size=224, seed=0, crop=CENTRE, **how) -> torch.Tensor:
     rows = np.random.default_rng(seed).permutation(len(files))[:n]
     return decoded([files[i] for i in rows], size, crop, **how)[1]
 
-
+# %% ../../nbs/data/measuring.ipynb #cb780d3d
 def named_images(name, n, size, seed=0, **how) -> Split:
     """n random images with their labels, (n, 3, size, size) in bytes; all of a
     task's for n = None.
@@ -133,7 +137,7 @@ def first_pairs(distribution, x, y, n, images) -> tuple:
         )
     return x[:n], y[:n]
 
-
+# %% ../../nbs/data/measuring.ipynb #ecda578c
 def draw_pairs(distribution, target: Split, n, source=None, seed=0) -> tuple:
     """Bytes x, y (n, 3, H, W) of n pairs from images of the target, and of the
     source for "source-target".
@@ -236,7 +240,7 @@ def pictures_of_pairs(
         given = named_images(source, n, size, seed, **how)
     return draw_pairs(distribution, found, n, given, seed)
 
-
+# %% ../../nbs/data/measuring.ipynb #15f7e727
 def measure(
     model,
     target,

@@ -89,12 +89,16 @@ CLIPART = {
     "vehicles": ("transportation/vehicles",),
     "weapons": ("tools/weapons",),
 }
+
+
 BLANK = {  # nothing was drawn where the package was made
     *(f"bullet_hole_linda_kim_{c}.png" for c in "rsvwx"),
     "badminton_racket_brice_b_01.png",
     "football_pitch__andy_bur_01.png",
     "pattern-dots-square-grid-14.png",
 }
+
+# %% ../../nbs/data/real.ipynb #4efab2ca
 PER_CLASS, LARGEST, HEAVIEST = 80, 20e6, 400_000  # pictures, pixels, bytes
 
 

@@ -17,7 +17,7 @@ __all__ = door(
     focus="FOCUS SHA256 check_focus_size",
     checkpoints="EXTENSION FILES convert model_source on_hub",
     loading=(
-        "HEADER SHIPPED ViTConfig build card check_model load prepare read save shipped "
+        "HEADER SHIPPED ViTConfig build card check_model load named_models prepare read save shipped "
         "skeleton untrained"
     ),
 )

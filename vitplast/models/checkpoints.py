@@ -34,7 +34,7 @@ EXTENSION = ".safetensors"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 FILES = (EXTENSION, *PICKLES)
 CONFIG = "config.json"
-HUB = re.compile(r"(hf[-_]hub:)?[\w.-]+/[\w.-]+(@[\w.-]+)?")
+HUB = re.compile(r"(hf[-_]hub:)?\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 
 
 class Source(NamedTuple):
@@ -106,7 +106,7 @@ def check_file(path):
             f" hold code, `vitplast convert {path}` reads the weights alone"
         )
 
-
+# %% ../../nbs/models/checkpoints.ipynb #c60df605
 def load_checkpoint(name, path, **timm_kwargs) -> nn.Module:
     """A timm model with the weights of a safetensors file; files that can hold code
     (.pth, .bin) are refused.
@@ -129,6 +129,8 @@ HOLDERS = (
     "state_dict_ema model_ema state_dict model model_state_dict module teacher net"
     " network params weights"
 ).split()
+
+
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
@@ -150,7 +152,7 @@ def harmless() -> list:
     plain = [Namespace, PosixPath, np.ndarray, np.dtype]
     return [*plain, *dtypes, number, array]
 
-
+# %% ../../nbs/models/checkpoints.ipynb #78302bad
 def tensors_only(path) -> dict:
     "What a checkpoint of PyTorch holds; ValueError for more than weights."
     if not Path(path).is_file():
@@ -201,8 +203,8 @@ def holders(found) -> dict:
     return {k: named[k] for k in first}
 
 
-def odd_in(path, weights) -> str:
-    "What keeps a dictionary from being plain weights, as the end of an error."
+def odd_in(weights) -> str:
+    "What keeps a dictionary from being plain weights, in words; '' for nothing."
     for name, t in weights.items():
         if not isinstance(t, torch.Tensor):
             return f"entry {name!r} is a {type(t).__name__}"
@@ -210,7 +212,7 @@ def odd_in(path, weights) -> str:
             return f"tensor {name!r} is sparse, quantised, nested or empty"
     return ""
 
-
+# %% ../../nbs/models/checkpoints.ipynb #174e7641
 def convert(path, out=None, overwrite=False) -> Converted:
     """Write the weights in a checkpoint of PyTorch (.pth, .bin) to a safetensors
     file, by default beside it.
@@ -229,15 +231,15 @@ def convert(path, out=None, overwrite=False) -> Converted:
     found = tensors_only(path)
     held = holders(found)
     weights = next(iter(held.values()), found)
-    if odd := odd_in(path, weights) if is_weights(weights) or not held else "":
+    odd = odd_in(weights)
+    if odd or not is_weights(weights):
         tensors = sum(isinstance(t, torch.Tensor) for t in weights.values())
-        what = f"{odd}, beside {tensors} tensors" if tensors else "no weights in it"
+        some = f"{odd}, beside {tensors} tensors" if odd and tensors else ""
         raise ValueError(
-            f"{path}: {what}; it holds {sorted(map(str, found))[:5]}, expected"
-            f" tensors by name, or one of {HOLDERS} with them"
+            f"{path}: {some or 'no weights in it'}; it holds"
+            f" {sorted(map(str, found))[:5]}, expected tensors by name, or one of"
+            f" {HOLDERS} with them"
         )
-    if not is_weights(weights):
-        raise ValueError(f"{path}: no weights in it, expected tensors by name")
     prefix = ""
     while removed := [
         p for p in PREFIXES if all(k.startswith(prefix + p) for k in weights)
@@ -324,7 +326,7 @@ def in_one_line(name):
         line = (str(error).splitlines() or [""])[0]
         raise ValueError(f"{name}: cannot be loaded ({line})") from None
 
-
+# %% ../../nbs/models/checkpoints.ipynb #4f89864a
 def load_from_hub(name, **kwargs) -> nn.Module:
     """The model in a folder, or in a repository on the hub, of transformers or of
     timm.

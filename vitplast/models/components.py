@@ -407,7 +407,7 @@ def visit_tokens(parts: Anatomy, tokens, inputs, see, outputs=True):
     with watching(parts.components, see):
         parts.through(tokens)
 
-
+# %% ../../nbs/models/components.ipynb #573f7519
 def visit(parts: Anatomy, images, inputs, see, outputs=True):
     "The same from images (or token numbers)."
     visit_tokens(parts, parts.embed(images), inputs, see, outputs)

@@ -14,6 +14,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 # %% ../../nbs/models/focus.ipynb #30f5ba21
@@ -64,7 +65,7 @@ def constants_in(path) -> tuple:
     }
     return named, placed
 
-
+# %% ../../nbs/models/focus.ipynb #ab0551bb
 def block_weights(named, placed, i) -> dict:
     "The weights of block i under timm's names."
     old, new = f"backbone.encoder.layer.{i}", f"blocks.{i}"
@@ -129,7 +130,7 @@ def check_focus_size(img_size):
             f" nearest: {near}"
         )
 
-
+# %% ../../nbs/models/focus.ipynb #3886137d
 def load_focus(img_size=224, num_classes=0, pretrained=True) -> nn.Module:
     """The backbone in timm's `vit_small_patch14_dinov2`, in evaluation mode.
 
@@ -162,8 +163,8 @@ def load_focus(img_size=224, num_classes=0, pretrained=True) -> nn.Module:
         model.load_state_dict(weights)
     model.pretrained_cfg = {
         "input_size": (3, img_size, img_size),
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
         "crop_pct": 1.0,
     }
     return model.eval()

@@ -233,7 +233,7 @@ def check_model(name):
     if source.name or not source.path:
         check_timm(source.name)
 
-
+# %% ../../nbs/models/loading.ipynb #65eb800d
 def load_named(source, name, checkpoint, timm_kwargs) -> nn.Module:
     "A model of timm, or of the hub, or in a folder."
     if not source.name or not timm.is_model(source.name) and on_hub(source.name):

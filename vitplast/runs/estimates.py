@@ -55,7 +55,7 @@ def size_of(run) -> float:
     seen = c.steps * c.batch_size + (readings * validation + test) / 3
     return arithmetic(run.model, run.size) * seen
 
-
+# %% ../../nbs/runs/estimates.ipynb #b189f73f
 def timed_step(run) -> float:
     """Seconds per unit of `size_of` on this machine: forward and backward passes of
     a run's whole network with one thread, or on the GPU.

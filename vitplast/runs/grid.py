@@ -39,6 +39,7 @@ from vitplast.models import (
     check_model,
     load,
     model_source,
+    named_models,
     needs_model,
     read_selection,
     shipped,
@@ -68,6 +69,8 @@ def model_contents(name) -> str:
 
 def last_names(name) -> str:
     "The name of a model without the folders before its file."
+    if name in named_models():
+        return name
     network, path = model_source(name)
     return f"{network}@{path.name}".strip("@") if path else name
 
@@ -121,7 +124,7 @@ def canonical_size(model, size) -> "int | None":
         raise ValueError(f"size={size}: {model} takes images of {own[-1]} pixels")
     return size
 
-
+# %% ../../nbs/runs/grid.ipynb #00c72449
 @dataclass(frozen=True)
 class RunConfig:
     "One finetuning run, by names alone."
@@ -149,7 +152,7 @@ class RunConfig:
         check_model(model)
         check_task(name)
         check_name("normalisation", self.normalisation, NORMALISATIONS)
-        model = model if model in shipped() else str(model_source(model))
+        model = model if model in named_models() else str(model_source(model))
         name = str(Path(name).resolve()) if suite_of(name) is None else name
         components = canonical_selection(model, self.components)
         fixed = self.config.head_lr == 0 and not self.config.final_norm

@@ -275,7 +275,7 @@ OLD = {
     " known",
 }
 
-
+# %% ../../nbs/showing/report.ipynb #36d2172a
 def report_html(s: Study) -> str:
     "A study as one self-contained HTML page."
     # studies that are older than these two facts had no choice

@@ -65,7 +65,7 @@ class StudyConfig:
             size=self.size,
         )
 
-
+# %% ../../nbs/showing/study.ipynb #dc7addfa
 # a real network and real pictures, in half an hour on two cores
 REAL_STUDY = StudyConfig(
     model=FOCUS,

@@ -176,7 +176,7 @@ def images_in(batch, what) -> torch.Tensor:
         raise TypeError(f"{what}: entries {[*batch]}, expected one of {IMAGES}")
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 
-
+# %% ../../nbs/theory/plasticity.ipynb #dfc0f606
 def image_batches(parts, source, size, like, what, force=False):
     """Checked batches from a tensor (N, C, H, W) or an iterable of batches, on
     the device of the tensor `like`; token numbers (N, n) for a model of these.
