@@ -61,7 +61,7 @@ def test_presets_hold_the_published_grid():
 
 
 def test_presets_differ_in_data_only():
-    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 616, "offline-cpu-separate": 308, "real-cpu": 280}
+    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 616, "offline-cpu-separate": 308, "real-cpu": 328}
     cpu = all_runs(PRESETS["offline-cpu"])
     assert {r.components for r in cpu} == set(CHOICES) == {"LN1", "MHA", "LN2", "FC1", "FC2", "all", "head"}
     assert len({r.task for r in cpu}) == 11 and len({r.config.lr for r in cpu}) == 4 and len({r.config.seed for r in cpu}) == 2
@@ -69,7 +69,9 @@ def test_presets_differ_in_data_only():
     separate = all_runs(PRESETS["offline-cpu-separate"])
     assert all(joint) and {r.config.clip_head for r in separate} == {"separate"} and PRESETS["offline-cpu-separate"][0].extend
     real = all_runs(PRESETS["real-cpu"])
-    assert {(r.model, r.size, r.config.bf16, r.config.clip_head) for r in real} == {("focus-vit-small", 70, "auto", "separate")} and all(g.extend for g in PRESETS["real-cpu"])
+    assert {(r.model, r.size, r.config.bf16) for r in real} == {("focus-vit-small", 70, "auto")} and all(g.extend for g in PRESETS["real-cpu"])
+    joint = [r for r in real if r.config.clip_head == "joint"]
+    assert len(joint) == 48 and {replace(r, config=replace(r.config, clip_head="separate")) for r in joint} < set(real)
     first = [replace(r, config=replace(r.config, clip_head="separate")) for r in cpu if r.config.seed == 0]
     assert first == separate
 

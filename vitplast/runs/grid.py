@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'FURTHER', 'CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'REAL_CPU',
-           'PRESETS', 'model_contents', 'last_names', 'task_contents', 'check_task', 'canonical_selection',
-           'canonical_size', 'RunConfig', 'Grid', 'next_rate', 'further_rate', 'several', 'all_runs', 'with_weights',
-           'read_grids', 'published', 'hundredth', 'real']
+           'REAL_TWICE', 'PRESETS', 'model_contents', 'last_names', 'task_contents', 'check_task',
+           'canonical_selection', 'canonical_size', 'RunConfig', 'Grid', 'next_rate', 'further_rate', 'several',
+           'all_runs', 'with_weights', 'read_grids', 'published', 'hundredth', 'real']
 
 # %% ../../nbs/runs/grid.ipynb #546d2379
 import json
@@ -435,18 +435,21 @@ CPU = FinetuneConfig(steps=240, eval_every=60, log_every=10)
 REAL_CPU = FinetuneConfig(steps=120, eval_every=40, log_every=10, bf16="auto")
 
 
-def real(tasks, seeds, **changes) -> Grid:
+def real(tasks, seeds, clip_head="separate", **changes) -> Grid:
     "The real network at 70 pixels."
     return Grid(
         tasks,
         (FOCUS,),
         lrs=(0.01, 0.03, 0.1, 0.3),
         seeds=seeds,
-        config=REAL_CPU,
+        config=replace(REAL_CPU, clip_head=clip_head),
         size=70,
         extend=True,
         **changes,
     )
+
+
+REAL_TWICE = ("openclipart", "solar", "emoji", "digits_plain")  # of two seeds
 
 # %% ../../nbs/runs/grid.ipynb #727f7f87
 PRESETS = {
@@ -505,7 +508,10 @@ PRESETS = {
         Grid(SUITES["offline"], seeds=(0,), config=CPU, extend=True),
     ),
     "real-cpu": (
-        real(("openclipart", "solar", "emoji", "digits_plain"), (0, 1)),
+        real(REAL_TWICE, (0,)),
         real(("glyphs", "breeds"), (0,)),
+        # the head alone has nothing to be clipped with
+        real(REAL_TWICE[:2], (0,), "joint", selections=CHOICES[:-1]),
+        real(REAL_TWICE, (1,)),
     ),
 }
