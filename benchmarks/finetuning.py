@@ -1,6 +1,7 @@
 """Runs of one group trained as one computation against one by one, our training step against a plain loop, and runs per hour.
 
     python benchmarks/finetuning.py [--model formula-vit] [--runs 1 4 12 48] [--steps 8] [--device cuda] [--bf16] [--compile]
+    python benchmarks/finetuning.py --model focus-vit-small --size 70 --components LN1 MHA LN2 FC1 FC2 --step-only
 
 Everything in one run on one machine; only the ratios are worth quoting. Trained together and alone, the losses must agree
 to three digits (float32; to 1e-9 in float64, see tests/test_batched.py), and so must ours and the plain loop's.
@@ -29,7 +30,7 @@ from vitplast.training import (
 
 def few(split) -> Split:
     "So few images that reading the accuracy costs nothing."
-    return Split(split.images[:16], split.labels[:16])
+    return Split(split.images[:1], split.labels[:1])
 
 
 def seconds_of(function, device, repeats=3) -> tuple:
@@ -81,14 +82,32 @@ def together_and_alone(model, task, component, config, counts, device, compiled)
         print(f"  {n:3d} runs together: {1e3 * seconds / n / config.steps:7.2f} ms per run and step, alone {1e3 * one / config.steps:7.2f}: {n * one / seconds:5.2f} x{peak}")
 
 
+def in_turn(functions, device, repeats=5) -> tuple:
+    "The results, and the median seconds of each, called by turns after one turn to warm up."
+    times = np.zeros((repeats + 1, len(functions)))
+    for turn in times:
+        results = []
+        for i, function in enumerate(functions):
+            started = time.perf_counter()
+            results.append(function())
+            if device == "cuda":
+                torch.cuda.synchronize()
+            turn[i] = time.perf_counter() - started
+    return results, np.median(times[1:], 0)
+
+
 def against_plain(model, task, component, config, device):
     "Our training against the loop by hand, the same losses."
-    config = replace(config, steps=5 * config.steps, eval_every=5 * config.steps)
+    config = replace(config, eval_every=config.steps, clip_head="joint")
     names = {n for n, p in vp.finetune(model, task, component, replace(config, steps=1, eval_every=1)).model.named_parameters() if p.requires_grad}
-    ours, mine = seconds_of(lambda: vp.finetune(model, task, component, config), device)
-    theirs, plain = seconds_of(lambda: plain_loop(model, task, names, config), device)
+    ways = [lambda: vp.finetune(model, task, component, config), lambda: plain_loop(model, task, names, config)]
+    (ours, theirs), (mine, plain) = in_turn(ways, device)
     assert np.allclose(ours.history.loss, theirs, rtol=5e-2 if config.bf16 else 1e-3)
-    print(f"  {component:4s} ours {1e3 * mine / config.steps:7.2f} ms, plain loop {1e3 * plain / config.steps:7.2f} ms: {plain / mine:.2f} x its speed, losses and gradient norms recorded")
+    print(
+        f"  {component:4s} {'bfloat16' if config.bf16 else 'float32 '} ours {1e3 * mine / config.steps:7.2f} ms, plain loop {1e3 * plain / config.steps:7.2f} ms:"
+        f" {mine / plain:.3f} of its time, losses and gradient norms recorded",
+        flush=True,
+    )
 
 
 def runs_per_hour(name):
@@ -119,22 +138,26 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--size", type=int, help="side of the images in pixels; the model's own without it")
+    parser.add_argument("--step-only", action="store_true", help="only the training step, in float32 and in bfloat16")
     args = parser.parse_args()
-    model, task = vp.load(args.model).to(args.device), vp.task("digits")
+    size = {"img_size": args.size} if args.size else {}
+    model = vp.load(args.model, **size).to(args.device)
+    task = vp.task("digits", size=args.size) if args.size else vp.task("digits")
     light = replace(task, validation=few(task.validation), test=few(task.test))
     config = vp.FinetuneConfig(lr=0.03, steps=args.steps, eval_every=args.steps, batch_size=args.batch, bf16=args.bf16)
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, one thread of {cores()} cores"
     print(f"{args.model}, batch {args.batch}, {args.steps} steps, {'bfloat16' if args.bf16 else 'float32'}; {where}")
     with one_thread():
-        for component in args.components:
+        for component in () if args.step_only else args.components:
             together_and_alone(model, light, component, config, args.runs, args.device, args.compile)
-        print("\na training step")
-        for component in args.components:
-            against_plain(model, light, component, config, args.device)
-        if args.device == "cpu":
+        print("\na training step, medians of five runs by turns")
+        for component, bf16 in product(args.components, (False, True) if args.step_only else (args.bf16,)):
+            against_plain(model, light, component, replace(config, bf16=bf16), args.device)
+        if args.device == "cpu" and not args.step_only:
             fast, slow = (seconds_of(lambda: vp.finetune(model, light, "MHA", replace(config, bf16=b)), "cpu")[1] for b in (True, False))
             print(f"\nbfloat16 instead of float32, MHA: {slow / fast:.2f} x the speed")
-    if args.device == "cpu":
+    if args.device == "cpu" and not args.step_only:
         print(f"\n{choose('local').words}")
         runs_per_hour(args.model)
 

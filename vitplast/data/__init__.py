@@ -15,5 +15,5 @@ __all__ = door(
     real="REAL photographs",
     published="PAPER PUBLISHED_NORMALISATION",
     tasks="SUITES known_as pretraining_images suite_of task task_for tasks",
-    measuring="DISTRIBUTIONS FORMULA PHOTOGRAPHS measure named_images",
+    measuring="DISTRIBUTIONS FORMULA PHOTOGRAPHS measure measured named_images",
 )

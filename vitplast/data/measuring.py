@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMULA', 'PHOTOGRAPHS', 'UNLABELLED', 'DISTRIBUTIONS', 'SEVERITY', 'decoded', 'pair_source', 'named_images',
-           'matched', 'first_pairs', 'draw_pairs', 'class_pairs', 'source_of', 'pictures_of_pairs', 'measure']
+           'matched', 'first_pairs', 'draw_pairs', 'class_pairs', 'source_of', 'pictures_of_pairs', 'measure',
+           'measured']
 
 # %% ../../nbs/data/measuring.ipynb #2ebf7448
 import tempfile
@@ -21,7 +22,7 @@ from .real import photographs
 from .reading import CENTRE, RandomCrops, Split, decode
 from .tasks import crop_of, known_as, pretraining_images, task
 from ..models import INPUTS, anatomy, load, prepare, unwrapped
-from ..theory import plasticity
+from ..theory import bounds, plasticity
 
 # %% ../../nbs/data/measuring.ipynb #2b59948f
 FORMULA = "formula"  # the name of fresh formula images
@@ -309,3 +310,26 @@ def measure(
     for place, (column, value) in enumerate(named.items()):
         frame.insert(place, column, str(value))
     return frame
+
+# %% ../../nbs/data/measuring.ipynb #a9b0509d
+def measured(model, target, source=None, inputs="native", n=128) -> dict:
+    """Plasticity over all pairs of n images of each side, and the bounds on these
+    images: the columns of both frames, for a record.
+
+    model, source, target, inputs: as `measure` takes them.
+    """
+    model = load(model) if isinstance(model, str) else model
+    found = measure(model, target, source, n, inputs, pairs="all")
+    side = anatomy(model).image_shape[-1]
+    images = torch.cat(
+        [named_images(name, n, side).images for name in (found.source[0], target)]
+    )
+    bound = bounds(
+        model, prepare(model, images), inputs=inputs, kind=("published", "hull")
+    )
+    place = ["inputs", "block", "depth", "component"]
+    statistics = ["plasticity", "ci_low", "ci_high", "max_ratio", "n_pairs"]
+    return {
+        "plasticity": found[[*place, *statistics]].to_dict("list"),
+        "bounds": bound[[*place, "kind", "bound", "proven"]].to_dict("list"),
+    }

@@ -48,10 +48,11 @@ class StudyConfig:
     source: str = FORMULA  # the old images, by name
     size: int | None = None  # of the images in pixels; None: the model's own
     bf16: bool | str = False
+    readings: int = 6  # of the validation split in a run
 
     def grid(self) -> Grid:
         "The finetuning runs."
-        every = max(1, self.steps // 6)
+        every = max(1, self.steps // self.readings)
         config = FinetuneConfig(
             steps=self.steps, eval_every=every, log_every=10, bf16=self.bf16
         )
@@ -66,7 +67,7 @@ class StudyConfig:
         )
 
 # %% ../../nbs/showing/study.ipynb #dc7addfa
-# a real network and real pictures, in half an hour on two cores
+# a real network and real pictures, in half an hour on two cores: runs of real-cpu
 REAL_STUDY = StudyConfig(
     model=FOCUS,
     task="openclipart",
@@ -77,6 +78,7 @@ REAL_STUDY = StudyConfig(
     source=PHOTOGRAPHS,
     size=70,
     bf16="auto",
+    readings=3,
 )
 
 # %% ../../nbs/showing/study.ipynb #7a9bbd89
