@@ -27,6 +27,8 @@ WAYS = {
     "native": dict(inputs="native"),
     "embedding, all pairs": dict(inputs="embedding", pairs="all"),
     "native, all pairs": dict(inputs="native", pairs="all"),
+    "branches": dict(of="branch"),
+    "branches, all pairs": dict(of="branch", pairs="all"),
 }
 
 

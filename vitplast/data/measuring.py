@@ -254,6 +254,7 @@ def measure(
     batch_size=64,
     device=None,
     progress=False,
+    of="component",
     **how,
 ) -> pd.DataFrame:
     """Plasticity of a model's components between images given by name.
@@ -261,7 +262,8 @@ def measure(
     model: what vp.load takes, or a module; source, target: "formula",
     "photographs", a task's name or a folder of images; source is "formula" for
     the shipped models, and must be given for all others; n: pairs, or images of
-    each side for pairs="all"; inputs: one protocol or several. Pictures of
+    each side for pairs="all"; inputs: one protocol or several; of: "component" or
+    "branch", as in `plasticity`. Pictures of
     folders keep the share of their centre that the checkpoint's images kept, as
     its tasks do. Returns the frame of `plasticity`, one block of rows per
     protocol, with the columns source, target, distribution and pairs before it.
@@ -287,6 +289,8 @@ def measure(
         target, source, n, shape[-1], pairs, distribution, seed, how
     )
     frames = []
+    if of == "branch":
+        inputs = "native"
     for protocol in (inputs,) if isinstance(inputs, str) else inputs:
         streams = ((prepare(model, b) for b in t.split(batch_size)) for t in (x, y))
         frames.append(
@@ -298,6 +302,7 @@ def measure(
                 batch_size=batch_size,
                 device=device,
                 progress=progress,
+                of=of,
             )
         )
     frame = pd.concat(frames, ignore_index=True)

@@ -14,6 +14,7 @@ __all__ = door(
         "unwrapped visit visit_tokens watching"
     ),
     selection="CHOICES Selection chosen_places needs_model read_selection",
+    rescaling="MOVES SCALINGS normal_form rescale twin_name with_file",
     focus="FOCUS SHA256 check_focus_size",
     checkpoints="EXTENSION FILES convert model_source on_hub",
     loading=(

@@ -193,9 +193,7 @@ def eva_weights(model, i, attn):
     rotary = eva_rotation(model, i, attn)
     if attn.qkv is not None:
         separate = getattr(attn, "q_bias", None) is not None
-        bias = (
-            torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if separate else None
-        )
+        bias = (attn.q_bias, attn.k_bias, attn.v_bias) if separate else None
         return fused_weights(attn, bias, rotary=rotary)
     layers = (attn.q_proj, attn.k_proj, attn.v_proj)
     return attention_weights(

@@ -35,6 +35,7 @@ from vitplast.models.checkpoints import (
 )
 from .components import unwrapped
 from .focus import FOCUS, load_focus
+from .rescaling import rescale, twin_name
 
 # %% ../../nbs/models/loading.ipynb #ad82ef0c
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def own_weights(name, source):
 
 def check_model(name):
     "ValueError or FileNotFoundError unless `load` may find a model of this name."
+    name = twin_name(name)[0]
     source = model_source(name)
     if name in named_models() or source.path and source.path.is_dir():
         return
@@ -262,13 +264,17 @@ def load(name, **timm_kwargs) -> nn.Module:
     name: a shipped model ("formula-vit"), "focus-vit-small", one that timm knows,
     one of timm's with a file of weights
     ("vit_base_patch16_224@mine.safetensors"), a safetensors file of this package,
-    a repository on the hub ("facebook/dinov2-small") or a folder saved from one.
+    a repository on the hub ("facebook/dinov2-small") or a folder saved from one;
+    "formula-vit*LN1=8" is the same function with other weights (see rescale).
     timm_kwargs go to timm.create_model: `pretrained=False` for random weights,
     `checkpoint_path=...` for a file, `num_classes`; models of transformers take
     `pretrained` and `num_classes`. Raises ValueError for an unknown name (with
     the nearest known ones) and for a damaged or foreign file, FileNotFoundError
     for a missing file and for weights that cannot be fetched.
     """
+    network, maps = twin_name(name)
+    if maps:
+        return rescale(load(network, **timm_kwargs), **maps)
     if str(name) == FOCUS:
         return load_focus(**timm_kwargs)
     if str(name) in shipped():
@@ -302,6 +308,7 @@ def untrained(name, size=None) -> nn.Module:
     """The network of a name with random weights, or those of a file of this
     package; size: of its images, if not its own.
     """
+    name = twin_name(name)[0]  # a twin has its shape
     source, sized = model_source(name), {"img_size": size} if size else {}
     if timm.is_model(source.name):
         return timm.create_model(source.name, **sized)
@@ -316,6 +323,7 @@ def skeleton(name, size=None) -> nn.Module:
     """The network of a name, for its shape alone: without weights, unless they say
     the shape.
     """
+    name = twin_name(name)[0]
     if timm.is_model(model_source(name).name) or name == FOCUS:
         with torch.device("meta"):
             return untrained(name, size)

@@ -44,6 +44,8 @@ from vitplast.models import (
     read_selection,
     shipped,
     skeleton,
+    twin_name,
+    with_file,
 )
 from ..training import TRAINING_VERSION, FinetuneConfig
 
@@ -55,6 +57,7 @@ def model_contents(name) -> str:
     """What tells one set of weights from another of the same name; empty for timm's
     and the hub's.
     """
+    name = twin_name(name)[0]
     if name in shipped():
         return fingerprint(SHIPPED / f"{name}{EXTENSION}")
     if name == FOCUS:  # pinned
@@ -356,8 +359,9 @@ def all_runs(grids) -> list:
 
 def with_weights(grids, checkpoint) -> list:
     "Grids whose models, timm's, take their weights from a file."
+
     return [
-        replace(g, models=tuple(f"{m}@{checkpoint}" for m in g.models))
+        replace(g, models=tuple(with_file(m, checkpoint) for m in g.models))
         for g in grids
     ]
 
@@ -418,21 +422,17 @@ CIFAR, CORRUPTED, DOMAINNET = PAPER[:2], PAPER[2:7], PAPER[7:9]
 # %% ../../nbs/runs/grid.ipynb #4af14e00
 DOMAINNET_LRS = (3e-3, 1e-2, 3e-2, 6e-2)
 
-
-# the offline tasks that stand for the published ones
-ABLATED = ("glyphs", "digits_c/motion_blur@5", "clipart", "sketch")
-
+ABLATED = ("glyphs", "digits_c/motion_blur@5", "clipart", "sketch")  # as there
 
 GPU = FinetuneConfig(
     steps=1000, batch_size=128, eval_every=100, log_every=10, clip_head="joint"
 )
 
-
 CPU = FinetuneConfig(steps=240, eval_every=60, log_every=10)
-
 
 # of the real network, whose steps cost thirty times as much
 REAL_CPU = FinetuneConfig(steps=120, eval_every=40, log_every=10, bf16="auto")
+REAL_TWICE = ("openclipart", "solar", "emoji", "digits_plain")  # of two seeds
 
 
 def real(tasks, seeds, clip_head="separate", **changes) -> Grid:
@@ -447,9 +447,6 @@ def real(tasks, seeds, clip_head="separate", **changes) -> Grid:
         extend=True,
         **changes,
     )
-
-
-REAL_TWICE = ("openclipart", "solar", "emoji", "digits_plain")  # of two seeds
 
 # %% ../../nbs/runs/grid.ipynb #727f7f87
 PRESETS = {
@@ -510,7 +507,6 @@ PRESETS = {
     "real-cpu": (
         real(REAL_TWICE, (0,)),
         real(("glyphs", "breeds"), (0,)),
-        # the head alone has nothing to be clipped with
         real(REAL_TWICE[:2], (0,), "joint", selections=CHOICES[:-1]),
         real(REAL_TWICE, (1,)),
     ),

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['FEW', 'IMAGES', 'PAIRS', 'MEASURING_VERSION', 'pair_distances', 'ends_at', 'as_ratios', 'fingerprints', 'pair_groups',
            'bootstrap_interval', 'rebatch', 'check_weights', 'check_precision', 'images_in', 'image_batches',
-           'on_device', 'paired_ratios', 'embedded', 'all_pairs', 'check_arguments', 'plasticity', 'paired_statistics',
-           'as_frame']
+           'on_device', 'component_ratios', 'in_pairs', 'embedded', 'all_component_ratios', 'all_pairs',
+           'check_arguments', 'plasticity', 'warn_few', 'paired_statistics', 'warn_zero', 'as_frame']
 
 # %% ../../nbs/theory/plasticity.ipynb #c861b38d
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -21,7 +22,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
+from ..files import check_name
 from ..models import INPUTS, anatomy, evaluating, unwrapped, visit_tokens
+from vitplast.theory.branches import (
+    all_branch_measures,
+    branch_frame,
+    branch_measures,
+)
 from .fast import make_plan, shared_distances, sharing_pays
 from vitplast.theory.pairs import (
     all_pairs_statistics,
@@ -228,14 +235,12 @@ def on_device(model, device):
         model.to(home)
 
 # %% ../../nbs/theory/plasticity.ipynb #4fe48cde
-def paired_ratios(parts, batches, inputs, pairs, fast, n_pairs, dtype) -> tuple:
-    """Ratios (components, N) of the i-th image of one stream against the i-th of
-    the other, and the images' fingerprints (2, N).
-    """
-    ratios, prints, plan = [], [], None
-    for a, b in batches:
-        n = min(len(a), len(b))
-        x, y = parts.embed(torch.cat([a[:n], b[:n]])).chunk(2)
+def component_ratios(parts, inputs, pairs, fast, n_pairs, dtype):
+    "A function of tokens x, y (N, n, d) -> ratios (components, N)."
+    plan = None
+
+    def measure(x, y):
+        nonlocal plan, fast
         if fast is None:
             fast = dtype.itemsize > 2 and sharing_pays(parts, *x.shape[1:], n_pairs)
         if pairs == "limit":
@@ -245,17 +250,27 @@ def paired_ratios(parts, batches, inputs, pairs, fast, n_pairs, dtype) -> tuple:
             found = shared_distances(plan, x, y)
         else:
             found = pair_distances(parts, x, y, inputs)
-        ratios.append(as_ratios(parts.components, *found, dtype))
+        return as_ratios(parts.components, *found, dtype).double().cpu().numpy()
+
+    return measure
+
+
+def in_pairs(parts, batches, measure) -> tuple:
+    """What a measure says (..., N) of the i-th image of one stream against the i-th
+    of the other, and the images' fingerprints (2, N).
+    """
+    found, prints = [], []
+    for a, b in batches:
+        n = min(len(a), len(b))
+        x, y = parts.embed(torch.cat([a[:n], b[:n]])).chunk(2)
+        found.append(measure(x, y))
         prints.append(torch.stack([fingerprints(a[:n]), fingerprints(b[:n])]))
-    if (n := sum(r.shape[1] for r in ratios)) < 2:
+    if (n := sum(f.shape[-1] for f in found)) < 2:
         raise ValueError(
             f"{n} pair{'s' * (n != 1)} of images: expected at least 2, an interval"
             " needs them"
         )
-    return (
-        torch.cat(ratios, 1).double().cpu().numpy(),
-        torch.cat(prints, 1).cpu().numpy(),
-    )
+    return np.concatenate(found, -1), torch.cat(prints, 1).cpu().numpy()
 
 # %% ../../nbs/theory/plasticity.ipynb #e77e95ff
 def embedded(parts, batches, what) -> tuple:
@@ -272,11 +287,24 @@ def embedded(parts, batches, what) -> tuple:
     return torch.cat(tokens), torch.cat(prints).cpu().numpy()
 
 # %% ../../nbs/theory/plasticity.ipynb #b11270e2
+def all_component_ratios(parts, inputs, dtype):
+    "A function of all tokens -> ratios (N, M) of one component after the other."
+    visits = embedding_pairs if inputs == "embedding" else native_pairs
+
+    def measure(tokens, n, batch_size):
+        found = visits(parts, tokens, n, batch_size)
+        for c, (apart, moved) in zip(parts.components, found):
+            ratios = as_ratios([c], apart[None], moved[None], dtype)
+            yield ratios.cpu().numpy()
+
+    return measure
+
+
 def all_pairs(
-    parts, streams, inputs, batch_size, confidence, dtype, progress
+    parts, streams, measure, batch_size, confidence, label, progress
 ) -> list:
-    """One row of statistics per component, from every image of one stream against
-    every image of the other.
+    """Statistics of what a measure yields, (k, N, M) at a time: every image of one
+    stream against every image of the other.
     """
     (x, first_images), (y, second_images) = (
         embedded(parts, s, name) for s, name in zip(streams, "xy")
@@ -287,24 +315,18 @@ def all_pairs(
                 f"{n} different images on one side: an interval from fewer than"
                 f" {FEW} is too short"
             )
-    visits = embedding_pairs if inputs == "embedding" else native_pairs
-    found = visits(parts, torch.cat([x, y]), len(x), batch_size)
-    rows = []
-    for c, (apart, moved) in zip(
-        parts.components,
-        tqdm(
-            found,
-            desc=f"all pairs, {inputs}",
-            unit="component",
-            total=len(parts.components),
-            disable=not progress,
-        ),
-    ):
-        ratios = as_ratios([c], apart[None], moved[None], dtype)[0].cpu().numpy()
-        rows.append(
+    found = tqdm(
+        measure(torch.cat([x, y]), len(x), batch_size),
+        desc=f"all pairs, {label}",
+        disable=not progress,
+    )
+    return [
+        [
             all_pairs_statistics(ratios, first_images, second_images, confidence)
-        )
-    return rows
+            for ratios in several
+        ]
+        for several in found
+    ]
 
 # %% ../../nbs/theory/plasticity.ipynb #895f30f1
 PAIRS = ("paired", "all", "limit")
@@ -315,8 +337,13 @@ PAIRS = ("paired", "all", "limit")
 MEASURING_VERSION = 1
 
 
-def check_arguments(x, y, inputs, pairs, confidence, fast):
+def check_arguments(x, y, inputs, pairs, confidence, fast, of):
     "ValueError for arguments of `plasticity` that do not fit together."
+    check_name("of", of, ("component", "branch"))
+    if of == "branch" and inputs != "native":
+        raise ValueError(
+            f'inputs={inputs!r}: a branch gets the stream, expected "native"'
+        )
     if pairs not in PAIRS:
         raise ValueError(f"pairs={pairs!r}: expected one of {PAIRS}")
     if inputs not in INPUTS:
@@ -348,7 +375,7 @@ def plasticity(
     model,
     x,
     y,
-    inputs="embedding",
+    inputs=None,
     pairs="paired",
     batch_size=64,
     confidence=0.95,
@@ -356,13 +383,15 @@ def plasticity(
     device=None,
     force=False,
     progress=False,
+    of="component",
 ) -> pd.DataFrame:
-    """Plasticity of every component over pairs of images, in evaluation mode.
+    """Plasticity of every component, or every branch, over pairs of images, in
+    evaluation mode.
 
     x, y: normalised images (N, C, H, W), or iterables of batches of them (token
     numbers (N, n) for GPT-2). inputs: "embedding" (every component gets the first
-    block's input, as in the paper) or "native" (what it receives in the forward
-    pass). pairs: "paired", the i-th of x against the i-th of y (iterables end with
+    block's input, as in the paper; the default) or "native" (what it receives in
+    the forward pass; always so for branches). pairs: "paired", the i-th of x against the i-th of y (iterables end with
     the shorter one); "all", every image of x against every image of y; "limit",
     pairs as in "paired" whose y has come infinitely close to x. batch_size: images
     of each side at a time; memory does not grow with their number, but for "all",
@@ -372,12 +401,16 @@ def plasticity(
     is. force: measure in half precision, too. Returns a frame: block, depth,
     component, inputs, plasticity, std_error, ci_low, ci_high, max_ratio, n_pairs,
     zero_pairs (pairs that coincide at the component's input and have no ratio).
+    of: "component", or "branch", from the stream through a norm and back, with
+    mean-free tokens: component is then "attention" or "MLP", and the columns share
+    (of the difference behind it) and cosine (of what it adds and what was there).
     Intervals resample images ("all": Theorem 28, or the jackknife where images
     return). Raises ValueError or TypeError for images that do not fit the model,
     fewer than two, and tensors of different length. Source: Odonnat et al. 2026;
     Theorems 27 to 29 of the book.
     """
-    check_arguments(x, y, inputs, pairs, confidence, fast)
+    inputs = inputs or ("native" if of == "branch" else "embedding")
+    check_arguments(x, y, inputs, pairs, confidence, fast, of)
     model = unwrapped(model)
     with on_device(model, device), evaluating(model):
         parts, like = anatomy(model), next(model.parameters())
@@ -387,33 +420,52 @@ def plasticity(
             for s, name in ((x, "x"), (y, "y"))
         ]
         if pairs == "all":
-            rows = all_pairs(
-                parts, streams, inputs, batch_size, confidence, like.dtype, progress
+            measure = (
+                partial(all_branch_measures, parts)
+                if of == "branch"
+                else all_component_ratios(parts, inputs, like.dtype)
             )
-            return as_frame(parts.components, inputs, pd.DataFrame(rows))
-        n_pairs = min(
-            (len(s) for s in (x, y) if isinstance(s, torch.Tensor)), default=np.inf
-        )
-        batches = tqdm(
-            zip(*streams),
-            desc=f"plasticity, {inputs}",
-            unit="batch",
-            disable=not progress,
-        )
-        ratios, prints = paired_ratios(
-            parts, batches, inputs, pairs, fast, n_pairs, like.dtype
-        )
-    return as_frame(
-        parts.components,
-        inputs,
-        paired_statistics(ratios.T, pair_groups(*prints), confidence),
+            rows = all_pairs(
+                parts, streams, measure, batch_size, confidence, inputs, progress
+            )
+            statistics = [pd.DataFrame(column) for column in zip(*rows)]
+        else:
+            n_pairs = min(
+                (len(s) for s in (x, y) if isinstance(s, torch.Tensor)),
+                default=np.inf,
+            )
+            measure = (
+                partial(branch_measures, parts, pairs=pairs)
+                if of == "branch"
+                else component_ratios(
+                    parts, inputs, pairs, fast, n_pairs, like.dtype
+                )
+            )
+            batches = tqdm(
+                zip(*streams),
+                desc=f"plasticity, {inputs}",
+                unit="batch",
+                disable=not progress,
+            )
+            found, prints = in_pairs(parts, batches, measure)
+            groups = pair_groups(*prints)
+            warn_few(groups)
+            every = found[:, None] if of == "component" else found
+            statistics = [
+                paired_statistics(every[:, k].T, groups, confidence)
+                for k in range(every.shape[1])
+            ]
+    frame = (
+        branch_frame(parts, statistics)
+        if of == "branch"
+        else as_frame(parts.components, inputs, *statistics)
     )
+    warn_zero(frame)
+    return frame
 
 # %% ../../nbs/theory/plasticity.ipynb #5f96f1f8
-def paired_statistics(ratios, groups, confidence) -> pd.DataFrame:
-    """Mean, standard error, interval, largest and number of the ratios (N,
-    components), from the group (N,) of each pair.
-    """
+def warn_few(groups):
+    "A warning where too few groups of images say how exact a mean is."
     if groups.max() == 0:
         warnings.warn(
             "every pair is linked to every other by shared images: no interval can"
@@ -424,6 +476,12 @@ def paired_statistics(ratios, groups, confidence) -> pd.DataFrame:
             f"{groups.max() + 1} groups of images that share none: an interval from"
             f" fewer than {FEW} is too short"
         )
+
+
+def paired_statistics(ratios, groups, confidence) -> pd.DataFrame:
+    """Mean, standard error, interval, largest and number of the ratios (N,
+    components), from the group (N,) of each pair.
+    """
     low, high, error = bootstrap_interval(ratios, groups, confidence)
     # its mean and max leave out NaN
     table, zero = pd.DataFrame(ratios), np.isnan(ratios).sum(0)
@@ -440,16 +498,20 @@ def paired_statistics(ratios, groups, confidence) -> pd.DataFrame:
     )
 
 # %% ../../nbs/theory/plasticity.ipynb #df137618
+def warn_zero(frame):
+    "A warning for pairs that coincide where a component, or branch, begins."
+    zero = frame.zero_pairs
+    if zero.any():
+        worst = frame.loc[zero.argmax()]
+        warnings.warn(
+            f"{worst.zero_pairs} of {worst.zero_pairs + worst.n_pairs} pairs coincide"
+            f" at the input of {worst.component} of block {worst.block}; they have"
+            " no ratio and are left out (column zero_pairs)"
+        )
+
+
 def as_frame(components, inputs, statistics) -> pd.DataFrame:
     "The frame of `plasticity`: what the components are, beside their statistics."
-    zero = statistics.zero_pairs
-    if zero.any():
-        worst = int(zero.argmax())
-        warnings.warn(
-            f"{zero[worst]} of {zero[worst] + statistics.n_pairs[worst]} pairs"
-            f" coincide at the input of {components[worst]}; they have no ratio and"
-            " are left out (column zero_pairs)"
-        )
     rows = [
         {"block": c.block, "depth": c.depth, "component": c.kind, "inputs": inputs}
         for c in components
