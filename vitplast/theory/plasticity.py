@@ -388,26 +388,26 @@ def plasticity(
     """Plasticity of every component, or every branch, over pairs of images, in
     evaluation mode.
 
-    x, y: normalised images (N, C, H, W), or iterables of batches of them (token
-    numbers (N, n) for GPT-2). inputs: "embedding" (every component gets the first
-    block's input, as in the paper; the default) or "native" (what it receives in
-    the forward pass; always so for branches). pairs: "paired", the i-th of x against the i-th of y (iterables end with
-    the shorter one); "all", every image of x against every image of y; "limit",
-    pairs as in "paired" whose y has come infinitely close to x. batch_size: images
-    of each side at a time; memory does not grow with their number, but for "all",
-    where the tokens of all images are kept (per image and layer, 3 matrices of
-    tokens for "embedding", 15 for "native"). fast: share the work of the embedding
-    protocol; None where it is less. device: where to compute, None where the model
-    is. force: measure in half precision, too. Returns a frame: block, depth,
-    component, inputs, plasticity, std_error, ci_low, ci_high, max_ratio, n_pairs,
-    zero_pairs (pairs that coincide at the component's input and have no ratio).
-    of: "component", or "branch", from the stream through a norm and back, with
-    mean-free tokens: component is then "attention" or "MLP", and the columns share
-    (of the difference behind it) and cosine (of what it adds and what was there).
-    Intervals resample images ("all": Theorem 28, or the jackknife where images
-    return). Raises ValueError or TypeError for images that do not fit the model,
-    fewer than two, and tensors of different length. Source: Odonnat et al. 2026;
-    Theorems 27 to 29 of the book.
+    x, y: normalised images (N, C, H, W), or iterables of batches (token numbers (N,
+    n) for GPT-2). inputs: "embedding" (every component gets the first block's
+    input, as in the paper; the default) or "native" (what it receives in the
+    forward pass; always so for branches). pairs: "paired", the i-th of x against
+    the i-th of y (iterables end with the shorter one); "all", every image of x
+    against every image of y; "limit", pairs as in "paired" whose y has come
+    infinitely close to x. batch_size: images of each side at a time; memory does
+    not grow with their number, but for "all", where the tokens of all images are
+    kept (per image and layer, 3 matrices of tokens for "embedding", 15 for
+    "native"). fast: share the work of the embedding protocol; None where it is
+    less. device: where to compute, None where the model is. force: measure in half
+    precision, too. Returns a frame: block, depth, component, inputs, plasticity,
+    std_error, ci_low, ci_high, max_ratio, n_pairs, zero_pairs (pairs that coincide
+    at the component's input and have no ratio). of: "component", or "branch", from
+    the stream through a norm and back, with mean-free tokens: component is then
+    "attention" or "MLP", and the columns share (of the difference behind it) and
+    cosine (of what it adds and what was there). Intervals resample images ("all":
+    Theorem 28, or the jackknife where images return). Raises ValueError or
+    TypeError for images that do not fit the model, fewer than two, and tensors of
+    different length. Source: Odonnat et al. 2026; Theorems 27 to 29 of the book.
     """
     inputs = inputs or ("native" if of == "branch" else "embedding")
     check_arguments(x, y, inputs, pairs, confidence, fast, of)
@@ -504,9 +504,9 @@ def warn_zero(frame):
     if zero.any():
         worst = frame.loc[zero.argmax()]
         warnings.warn(
-            f"{worst.zero_pairs} of {worst.zero_pairs + worst.n_pairs} pairs coincide"
-            f" at the input of {worst.component} of block {worst.block}; they have"
-            " no ratio and are left out (column zero_pairs)"
+            f"{worst.zero_pairs} of {worst.zero_pairs + worst.n_pairs} pairs"
+            f" coincide at the input of {worst.component} of block {worst.block};"
+            " they have no ratio and are left out (column zero_pairs)"
         )
 
 
