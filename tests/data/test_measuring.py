@@ -173,3 +173,20 @@ def test_models_of_other_inputs_are_refused(model):
 
     with pytest.raises(ValueError, match="the model takes token sequences, expected images"):
         measure(build("GPT-2"), "digits", n=2)
+
+
+def test_branches_of_two_names():
+    frame = measure("formula-vit-tiny", "digits", n=16, pairs="all", of="branch")
+    model = vp.load("formula-vit-tiny")
+    x, y = (prepare(model, named_images(name, 16, 32).images) for name in ("formula", "digits"))
+    expected = vp.plasticity(model, x, y, pairs="all", of="branch")
+    assert set(frame.inputs) == {"native"} and list(frame.source) == ["formula"] * len(expected)
+    pd.testing.assert_frame_equal(frame[[*expected]], expected)
+
+
+def test_what_is_kept_of_both():
+    frames = {k: pd.DataFrame(v) for k, v in measuring.measured("formula-vit-tiny", "digits", inputs="embedding", n=8).items()}
+    expected = measure("formula-vit-tiny", "digits", n=8, inputs="embedding", pairs="all")
+    assert np.allclose(frames["plasticity"].plasticity, expected.plasticity) and (frames["plasticity"].n_pairs == 64).all()
+    both = frames["plasticity"].merge(frames["bounds"], on=["inputs", "block", "depth", "component"])
+    assert len(both) == 2 * len(expected) and (both.max_ratio <= both.bound * (1 + 1e-5)).all()

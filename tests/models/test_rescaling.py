@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vitplast as vp
-from vitplast.models import MOVES, SCALINGS, anatomy, components, normal_form, rescale, twin_name
+from vitplast.models import MOVES, SCALINGS, anatomy, components, normal_form, rescale, twin_name, with_file
 
 EVERY = (*SCALINGS, *MOVES)
 
@@ -169,6 +169,8 @@ def test_what_a_normal_form_looks_like():
 
 
 def test_names_of_twins():
+    assert with_file("vit_tiny_patch16_224*LN1=8", "mine.safetensors") == "vit_tiny_patch16_224@mine.safetensors*LN1=8"
+    assert with_file("vit_tiny_patch16_224", "mine.safetensors") == "vit_tiny_patch16_224@mine.safetensors"
     assert twin_name("vit_tiny_patch16_224.augreg_in21k") == ("vit_tiny_patch16_224.augreg_in21k", {})
     model, twin = vp.load("formula-vit-tiny"), vp.load("formula-vit-tiny*LN1=8*LN2=0.5")
     x = torch.rand(2, 3, 32, 32)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -288,3 +289,12 @@ def test_published_normalisation():
     run = RunConfig("formula-vit-tiny", "digits", "MHA")
     own, published = (replace(run, normalisation=n).load_model().pretrained_cfg for n in ("own", "published"))
     assert published["mean"] == (0.485, 0.456, 0.406) and published["std"] == (0.229, 0.224, 0.225) and own["mean"] != published["mean"]
+
+
+def test_a_grid_names_twins():
+    grid = Grid(("digits",), ("formula-vit-tiny", "formula-vit-tiny*LN1=8"), ("LN1",), (0.1,), (0,))
+    one, two = grid.runs()
+    assert one.identity()["weights"] == two.identity()["weights"] and one.identity() != two.identity()
+    assert torch.equal(two.load_model().blocks[0].norm1.weight, 8 * one.load_model().blocks[0].norm1.weight)
+    with pytest.raises(ValueError, match="expected LN1=8"):
+        Grid(("digits",), ("formula-vit-tiny*LN1=8.0",))

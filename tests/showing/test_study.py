@@ -15,7 +15,7 @@ import pytest
 from vitplast.runs import best_rates, rank_correlation
 from vitplast.runs.executors import compute
 from vitplast.showing import (
-    Study, StudyConfig, display_frame, findings, report_html, summary, text_table,
+    Study, StudyConfig, display_frame, findings, report_html, study, summary, text_table,
 )
 
 SCRIPT = """
@@ -135,3 +135,11 @@ def test_kill_9_loses_the_runs_in_flight_alone_and_leaves_no_worker_behind(tmp_p
         time.sleep(0.1)
     assert len(children) >= 2
     assert all(json.loads(f.read_text())["sha256"] for f in runs.glob("*.json"))
+
+
+def test_a_best_rate_on_the_edge_asks_for_further_ones(tmp_path):
+    config = StudyConfig("formula-vit-tiny", selections=("head",), lrs=(0.002, 0.004), seeds=(0,), steps=30, pairs=8, extend=True)
+    s = study(config, tmp_path / "out", progress=False)
+    [best] = best_rates(s.runs)
+    assert len(s.runs) > 2 and best > 0.004 and s.facts["lrs"] == sorted(s.runs.lr)  # so small a rate teaches nothing
+    assert set(s.curves.lr) == {best} and len(s.curves) > 0

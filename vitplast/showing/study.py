@@ -180,7 +180,7 @@ def study(config: StudyConfig, out, progress=True) -> Study:
         "pairs": n,
         "linear_probe": probe,
         "steps": config.steps,
-        "lrs": list(config.lrs),
+        "lrs": sorted(runs.lr.unique().tolist()),
         "seeds": list(config.seeds),
         "classes": made.n_classes,
         "train": len(made.train),
