@@ -93,8 +93,8 @@ def demo(
     """Measure, bound, finetune and rank the components of the shipped model on real
     handwritten digits, or of a real network on clip art.
 
-    Takes a few minutes on two cores, with --real 28 runs of two minutes. Stopped or
-    run again, it takes up the finished runs in the output folder.
+    Takes a few minutes on two cores, with --real some twenty. Stopped or run again,
+    it takes up the finished runs in the output folder.
 
     Examples:
 

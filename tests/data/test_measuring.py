@@ -182,6 +182,8 @@ def test_branches_of_two_names():
     expected = vp.plasticity(model, x, y, pairs="all", of="branch")
     assert set(frame.inputs) == {"native"} and list(frame.source) == ["formula"] * len(expected)
     pd.testing.assert_frame_equal(frame[[*expected]], expected)
+    with pytest.raises(ValueError, match="inputs='embedding': a branch gets the stream"):
+        measure("formula-vit-tiny", "digits", n=16, inputs="embedding", of="branch")
 
 
 def test_what_is_kept_of_both():
@@ -190,3 +192,12 @@ def test_what_is_kept_of_both():
     assert np.allclose(frames["plasticity"].plasticity, expected.plasticity) and (frames["plasticity"].n_pairs == 64).all()
     both = frames["plasticity"].merge(frames["bounds"], on=["inputs", "block", "depth", "component"])
     assert len(both) == 2 * len(expected) and (both.max_ratio <= both.bound * (1 + 1e-5)).all()
+
+
+def test_bounds_are_of_the_pictures_that_were_measured(folder):
+    model = vp.load("formula-vit-tiny")
+    model.pretrained_cfg = dict(model.pretrained_cfg) | {"crop_pct": 0.5}
+    found = pd.DataFrame(measuring.measured(model, str(folder), "formula", n=8)["bounds"]).query("kind == 'hull'").bound.to_numpy()
+    for crop, same in ((0.5, True), (1.0, False)):
+        images = torch.cat([named_images("formula", 8, 32).images, named_images(str(folder), 8, 32, crop=crop).images])
+        assert np.allclose(found, vp.bounds(model, prepare(model, images), inputs="native", kind="hull").bound) == same

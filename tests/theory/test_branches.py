@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import vitplast as vp
 from vitplast.models import MOVES, SCALINGS, anatomy, normal_form, rescale
+from vitplast.theory.branches import branch_measures
 
 MEASURES = ["plasticity", "share", "cosine"]
 
@@ -58,8 +59,6 @@ def test_pairs_that_come_closer_have_a_limit():
     with torch.no_grad():
         parts = anatomy(model)
         a, b = parts.embed(x), parts.embed(y)
-        from vitplast.theory.branches import branch_measures
-
         near = branch_measures(parts, a, a + 1e-6 * (b - a), "paired").mean(-1)
     assert np.allclose(limit[MEASURES], near, rtol=1e-5)
 
@@ -126,5 +125,5 @@ def test_what_does_not_fit():
     assert (frame.zero_pairs == 2).all() and frame[MEASURES].notna().all(axis=None)
     with torch.no_grad():
         model.pos_embed.mul_(1e308)
-    with pytest.raises(ValueError, match="a branch: its tokens are NaN or infinite"):
+    with pytest.raises(ValueError, match="attention of block 0: its tokens are NaN or infinite"):
         vp.plasticity(model, x, noise(12, 1), of="branch")

@@ -247,7 +247,7 @@ def measure(
     target,
     source=None,
     n=128,
-    inputs=INPUTS,
+    inputs=None,
     pairs="paired",
     distribution="source-target",
     seed=0,
@@ -262,10 +262,9 @@ def measure(
     model: what vp.load takes, or a module; source, target: "formula",
     "photographs", a task's name or a folder of images; source is "formula" for
     the shipped models, and must be given for all others; n: pairs, or images of
-    each side for pairs="all"; inputs: one protocol or several; of: "component" or
-    "branch", as in `plasticity`. Pictures of
-    folders keep the share of their centre that the checkpoint's images kept, as
-    its tasks do. Returns the frame of `plasticity`, one block of rows per
+    each side for pairs="all"; inputs: one protocol or several, both by default;
+    of: "component" or "branch", as in `plasticity`. Pictures of folders keep the
+    share of their centre that the checkpoint's images kept, as its tasks do. Returns the frame of `plasticity`, one block of rows per
     protocol, with the columns source, target, distribution and pairs before it.
     Raises what `load`, `task` and `plasticity` raise.
     """
@@ -289,8 +288,7 @@ def measure(
         target, source, n, shape[-1], pairs, distribution, seed, how
     )
     frames = []
-    if of == "branch":
-        inputs = "native"
+    inputs = inputs or ("native" if of == "branch" else INPUTS)
     for protocol in (inputs,) if isinstance(inputs, str) else inputs:
         streams = ((prepare(model, b) for b in t.split(batch_size)) for t in (x, y))
         frames.append(
@@ -326,8 +324,9 @@ def measured(model, target, source=None, inputs="native", n=128) -> dict:
     model = load(model) if isinstance(model, str) else model
     found = measure(model, target, source, n, inputs, pairs="all")
     side = anatomy(model).image_shape[-1]
+    sides = (found.source[0], target)
     images = torch.cat(
-        [named_images(name, n, side).images for name in (found.source[0], target)]
+        [named_images(s, n, side, crop=crop_of(model)).images for s in sides]
     )
     bound = bounds(
         model, prepare(model, images), inputs=inputs, kind=("published", "hull")

@@ -359,7 +359,6 @@ def all_runs(grids) -> list:
 
 def with_weights(grids, checkpoint) -> list:
     "Grids whose models, timm's, take their weights from a file."
-
     return [
         replace(g, models=tuple(with_file(m, checkpoint) for m in g.models))
         for g in grids
@@ -422,7 +421,8 @@ CIFAR, CORRUPTED, DOMAINNET = PAPER[:2], PAPER[2:7], PAPER[7:9]
 # %% ../../nbs/runs/grid.ipynb #4af14e00
 DOMAINNET_LRS = (3e-3, 1e-2, 3e-2, 6e-2)
 
-ABLATED = ("glyphs", "digits_c/motion_blur@5", "clipart", "sketch")  # as there
+# of the optimiser's ablation, in place of the published four
+ABLATED = ("glyphs", "digits_c/motion_blur@5", "clipart", "sketch")
 
 GPU = FinetuneConfig(
     steps=1000, batch_size=128, eval_every=100, log_every=10, clip_head="joint"

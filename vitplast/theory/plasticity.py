@@ -23,7 +23,14 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from ..files import check_name
-from ..models import INPUTS, anatomy, evaluating, unwrapped, visit_tokens
+from vitplast.models import (
+    INPUTS,
+    KINDS,
+    anatomy,
+    evaluating,
+    unwrapped,
+    visit_tokens,
+)
 from vitplast.theory.branches import (
     all_branch_measures,
     branch_frame,
@@ -294,17 +301,14 @@ def all_component_ratios(parts, inputs, dtype):
     def measure(tokens, n, batch_size):
         found = visits(parts, tokens, n, batch_size)
         for c, (apart, moved) in zip(parts.components, found):
-            ratios = as_ratios([c], apart[None], moved[None], dtype)
-            yield ratios.cpu().numpy()
+            yield as_ratios([c], apart[None], moved[None], dtype).cpu().numpy()
 
     return measure
 
 
-def all_pairs(
-    parts, streams, measure, batch_size, confidence, label, progress
-) -> list:
+def all_pairs(parts, streams, measure, batch_size, confidence, bar) -> list:
     """Statistics of what a measure yields, (k, N, M) at a time: every image of one
-    stream against every image of the other.
+    stream against every image of the other; bar: shows how far it is.
     """
     (x, first_images), (y, second_images) = (
         embedded(parts, s, name) for s, name in zip(streams, "xy")
@@ -315,17 +319,12 @@ def all_pairs(
                 f"{n} different images on one side: an interval from fewer than"
                 f" {FEW} is too short"
             )
-    found = tqdm(
-        measure(torch.cat([x, y]), len(x), batch_size),
-        desc=f"all pairs, {label}",
-        disable=not progress,
-    )
     return [
         [
             all_pairs_statistics(ratios, first_images, second_images, confidence)
             for ratios in several
         ]
-        for several in found
+        for several in bar(measure(torch.cat([x, y]), len(x), batch_size))
     ]
 
 # %% ../../nbs/theory/plasticity.ipynb #895f30f1
@@ -407,7 +406,7 @@ def plasticity(
     cosine (of what it adds and what was there). Intervals resample images ("all":
     Theorem 28, or the jackknife where images return). Raises ValueError or
     TypeError for images that do not fit the model, fewer than two, and tensors of
-    different length. Source: Odonnat et al. 2026; Theorems 27 to 29 of the book.
+    different length. Source: Odonnat et al. 2026; Theorems 27 to 30 of the book.
     """
     inputs = inputs or ("native" if of == "branch" else "embedding")
     check_arguments(x, y, inputs, pairs, confidence, fast, of)
@@ -419,15 +418,16 @@ def plasticity(
             image_batches(parts, s, batch_size, like, name, force)
             for s, name in ((x, "x"), (y, "y"))
         ]
+        bar = partial(tqdm, desc=f"plasticity, {inputs}", disable=not progress)
         if pairs == "all":
             measure = (
                 partial(all_branch_measures, parts)
                 if of == "branch"
                 else all_component_ratios(parts, inputs, like.dtype)
             )
-            rows = all_pairs(
-                parts, streams, measure, batch_size, confidence, inputs, progress
-            )
+            each = 2 if of == "branch" else len(KINDS)
+            bar = partial(bar, unit=of, total=each * len(parts.blocks))
+            rows = all_pairs(parts, streams, measure, batch_size, confidence, bar)
             statistics = [pd.DataFrame(column) for column in zip(*rows)]
         else:
             n_pairs = min(
@@ -441,12 +441,7 @@ def plasticity(
                     parts, inputs, pairs, fast, n_pairs, like.dtype
                 )
             )
-            batches = tqdm(
-                zip(*streams),
-                desc=f"plasticity, {inputs}",
-                unit="batch",
-                disable=not progress,
-            )
+            batches = bar(zip(*streams), unit="batch")
             found, prints = in_pairs(parts, batches, measure)
             groups = pair_groups(*prints)
             warn_few(groups)
