@@ -260,13 +260,14 @@ def measure(
     """Plasticity of a model's components between images given by name.
 
     model: what vp.load takes, or a module; source, target: "formula",
-    "photographs", a task's name or a folder of images; source is "formula" for
-    the shipped models, and must be given for all others; n: pairs, or images of
-    each side for pairs="all"; inputs: one protocol or several, both by default;
-    of: "component" or "branch", as in `plasticity`. Pictures of folders keep the
-    share of their centre that the checkpoint's images kept, as its tasks do. Returns the frame of `plasticity`, one block of rows per
-    protocol, with the columns source, target, distribution and pairs before it.
-    Raises what `load`, `task` and `plasticity` raise.
+    "photographs", a task's name or a folder of images; source is "formula" for the
+    shipped models, and must be given for all others; n: pairs, or images of each
+    side for pairs="all"; inputs: one protocol or several, both by default; of:
+    "component" or "branch", as in `plasticity`. Pictures of folders keep the share
+    of their centre that the checkpoint's images kept, as its tasks do. Returns the
+    frame of `plasticity`, one block of rows per protocol, with the columns source,
+    target, distribution and pairs before it. Raises what `load`, `task` and
+    `plasticity` raise.
     """
     model = load(model) if isinstance(model, str) else model
     shape = anatomy(model).image_shape
