@@ -13,5 +13,6 @@ __all__ = door(
     bounds="KINDS_OF_BOUND bounds",
     lipschitz="in_double lipschitz power_iteration norm_of",
     gradients="gradient_bounds",
+    steps="FirstStep first_step",
     fast="make_plan",
 )

@@ -14,6 +14,7 @@ import torch
 from torch.func import functional_call, grad, jvp, vjp
 from tqdm.auto import tqdm
 
+from ..files import check_count
 from vitplast.models import (
     Attention,
     Linear,
@@ -216,8 +217,7 @@ def lipschitz(
     """
     check_positive("radius", radius)
     for name, n in (("iterations", iterations), ("steps", steps)):
-        if not (isinstance(n, int) and n > 0):
-            raise ValueError(f"{name}={n!r}: expected a positive integer")
+        check_count(name, n)
     parts = anatomy(model)
     check_weights(parts)
     received = [[] for _ in parts.components]

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
-from ..files import check_name
+from ..files import check_count, check_name
 from vitplast.models import (
     INPUTS,
     KINDS,
@@ -199,8 +198,7 @@ def image_batches(parts, source, size, like, what, force=False):
     for another precision than the model's.
     """
     check_precision(like, force)
-    if not (isinstance(size, Integral) and size > 0):
-        raise ValueError(f"batch_size={size!r}: expected a positive integer")
+    check_count("batch_size", size)
     if not isinstance(source, Iterable):
         raise TypeError(
             f"{what}: {type(source).__name__}, expected a tensor or an iterable of"
