@@ -9,9 +9,9 @@ __all__ = door(
     __name__,
     store="Store as_line",
     grid=(
-        "FURTHER Grid PRESETS RunConfig all_runs model_contents read_grids several "
-        "task_contents with_weights"
+        "FURTHER Grid RunConfig model_contents task_contents"
     ),
+    presets="PRESETS all_runs read_grids several with_weights",
     executors="EXECUTORS choose cores materials one_thread versions",
     sweep=(
         "curve_frame extended_arms other_versions probe_frame run_frame stored_runs "

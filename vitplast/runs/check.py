@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from ..files import key
-from .grid import PRESETS, all_runs
+from .presets import PRESETS, all_runs
 from .stats import SELECTIONS, corrected, summarise
 from .store import Store
 from .sweep import run_frame, stored_runs

@@ -27,7 +27,8 @@ from vitplast.runs.executors import (
     compute,
     materials,
 )
-from .grid import Grid, all_runs, further_rate, next_rate, several
+from .grid import Grid, further_rate, next_rate
+from .presets import all_runs, several
 from .stats import best_rates, on_edge
 from .store import Store
 from vitplast.training import (
