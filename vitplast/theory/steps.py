@@ -6,7 +6,7 @@
 __all__ = ['Group', 'pieces_of', 'groups_of', 'moved', 'curvature_vectors', 'Walk', 'FirstStep', 'signs', 'two_walks',
            'own_places', 'selected', 'first_step']
 
-# %% ../../nbs/theory/steps.ipynb #f6ac1a9e
+# %% ../../nbs/theory/steps.ipynb #3ea0ff43
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from vitplast.models import (
 )
 from .gradients import check_labelled, requiring_all
 
-# %% ../../nbs/theory/steps.ipynb #f2cfbf10
+# %% ../../nbs/theory/steps.ipynb #54d5c1f3
 class Group(NamedTuple):
     "Parameters of one component that belong to the same selections."
 
@@ -77,7 +77,7 @@ def groups_of(parts, parameters, chosen) -> list:
             found[owner and owner.name, members].pieces[name] = mask
     return list(found.values())
 
-# %% ../../nbs/theory/steps.ipynb #04086555
+# %% ../../nbs/theory/steps.ipynb #5bb14735
 def moved(module, names, parameters, direction, args, kwargs) -> torch.Tensor:
     """How the output of a module changes when its parameters move along a direction
     and its input stays; None if it does not.
@@ -109,7 +109,7 @@ def curvature_vectors(logits, probes, g) -> torch.Tensor:
     v = p.sqrt() * v
     return v - p * v.sum(-1, keepdim=True)
 
-# %% ../../nbs/theory/steps.ipynb #4e37cd5d
+# %% ../../nbs/theory/steps.ipynb #0ac25b15
 class Walk:
     "A model with labelled batches, and what its selections move."
 
@@ -197,7 +197,7 @@ class Walk:
                 total[i] += (self.member.T @ q).square().sum(1) / len(a)
         return own, total.numpy()
 
-# %% ../../nbs/theory/steps.ipynb #4d5196bf
+# %% ../../nbs/theory/steps.ipynb #4f897630
 @dataclass(eq=False)
 class FirstStep:
     """What a step along the gradient, and one along its signs, does to the loss,
@@ -286,7 +286,7 @@ class FirstStep:
         scale = 1.0 if clip is None else np.minimum(1, clip / np.hypot(norm, head))
         return (1 - momentum) * (scale * slope).mean(0) / (scale**2 * bend).mean(0)
 
-# %% ../../nbs/theory/steps.ipynb #015abb76
+# %% ../../nbs/theory/steps.ipynb #f87df33b
 def signs(direction) -> dict:
     "The signs of a direction."
     return {n: t.sign() for n, t in direction.items()}
@@ -342,7 +342,7 @@ def two_walks(walk, places, head, progress) -> FirstStep:
         batch_sign_curvature=sign_bend,
     )
 
-# %% ../../nbs/theory/steps.ipynb #fdd580c8
+# %% ../../nbs/theory/steps.ipynb #94e5fc25
 def own_places(selection, model, head) -> dict:
     "What a selection moves beside the head, or the head where that is all."
     found = chosen_places(selection, model, head=False)
@@ -389,7 +389,7 @@ def first_step(
     Frozen parameters are measured, too; nothing is changed. Costs two passes
     forward and back and a pass back per class or probe, whatever the number of
     selections. Raises what `gradient_bounds` raises, and ValueError for a selection
-    that cannot be read. Source: Theorems 47 and 48 of the book.
+    that cannot be read. Source: Theorems 45 and 46 of the book.
     """
     for name, n in {"batch_size": batch_size, "probes": probes}.items():
         check_count(name, n)
