@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'JOINT', 'REAL_CPU', 'REAL_TWICE',
-           'TWINS', 'EIGHT', 'BARE', 'PRESETS', 'several', 'all_runs', 'with_weights', 'read_grids', 'published',
-           'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled']
+           'TWINS', 'EIGHT', 'BARE', 'WIDE', 'DECADES', 'PRESETS', 'several', 'all_runs', 'with_weights', 'read_grids',
+           'published', 'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled']
 
 # %% ../../nbs/runs/presets.ipynb #0b51a301
 import json
@@ -146,6 +146,8 @@ def real(tasks, seeds, clip_head="separate", **changes) -> Grid:
 TWINS = ("digits", "glyphs", "sketch")  # of three families
 EIGHT = ("LN1", "LN2", "stream")
 BARE = FinetuneConfig(steps=80, eval_every=40, log_every=10, clip=None, head_lr=0)
+WIDE = replace(BARE, clip=1.0, head_lr=0.1)
+DECADES = (*(float(f"{m}e{e}") for e in range(-4, 1) for m in (1, 3)), 10.0)
 
 
 def twins(maps, selections, tasks=TWINS, **changes) -> Grid:
@@ -237,7 +239,7 @@ PRESETS = {
         twins(("write=10",), KINDS, config=JOINT),
         twins(("permute=1",), KINDS, TWINS[:1], config=JOINT),
         *(
-            twins(scaled(name, -3, 3).values(), kinds, config=JOINT)
+            twins(scaled(name, -3, 3).values(), kinds, TWINS[:2], config=JOINT)
             for name, kinds in (
                 ("LN1", ("LN1", "MHA")),
                 ("LN2", ("LN2", "FC1")),
@@ -251,6 +253,8 @@ PRESETS = {
         *bare(scaled("LN1", -2, 0, 2), "MHA", -12),
         *bare(scaled("VO", -2, 2), "MHA", -12),
         *bare(scaled("LN1", -3, 0, 3), "LN1", -8, power=1, clip=1.0),
+        # five decades of rates beside a head with its own
+        twins(("",), KINDS, TWINS[:2], lrs=DECADES, config=WIDE),
     ),
     "adamw-cpu": (
         Grid(
