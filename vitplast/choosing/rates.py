@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAD', 'FACTOR', 'POWER', 'few', 'step_with_head', 'suggest_rates']
 
-# %% ../../nbs/choosing/rates.ipynb #e1d56f9c
+# %% ../../nbs/choosing/rates.ipynb #060a53fb
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..models import CHOICES, prepare, unwrapped
 from ..theory import FirstStep, first_step
 from ..training import FinetuneConfig, finetune
 
-# %% ../../nbs/choosing/rates.ipynb #c4566d15
+# %% ../../nbs/choosing/rates.ipynb #94f4dd57
 HEAD = FinetuneConfig(lr=0.1, steps=60, eval_every=60)
 FACTOR, POWER = 0.4, 0.5  # settled below, on stored grids
 
@@ -46,7 +46,7 @@ def step_with_head(
         headed, own, labels, selections, probes=16, seed=seed, progress=progress
     )
 
-# %% ../../nbs/choosing/rates.ipynb #5f921c91
+# %% ../../nbs/choosing/rates.ipynb #47d08c05
 def suggest_rates(
     model,
     task,
@@ -70,12 +70,13 @@ def suggest_rates(
     step = step_with_head(model, task, selections, images, config.seed, progress)
     joint = config.clip_head == "joint"
     rates = step.rates(config.optimizer, config.momentum, config.clip, joint)
-    adamw = "batch_sign_" if config.optimizer == "adamw" else "batch_"
+    found, kind = step.frame(), "sign_" * (config.optimizer == "adamw") + "gain"
     return pd.DataFrame(
         {
             "selection": step.places.selection,
             "lr": [float(f"{FACTOR * r**power:.2g}") for r in rates],
             "step_rate": rates,
-            "gain": step.frame()[f"{adamw}gain"],
+            # of one mini-batch there is no other
+            "gain": found[f"batch_{kind}"].fillna(found[kind]),
         }
     )

@@ -8,9 +8,10 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     figures=(
-        "COLOURS KIND_LINES MARKERS THEORY_ORDER against_accuracy as_svg "
+        "COLOURS KIND_LINES MARKERS THEORY_ORDER against_accuracy as_svg draw_depth "
         "contact_sheet depth_lines differences draw_boxes draw_loss draw_rate "
-        "image_rows keep_headline mean_ranks measurement panels training_curves"
+        "image_rows keep_headline mean_ranks measurement over_targets panels "
+        "training_curves"
     ),
     study="REAL_STUDY Study StudyConfig study summary",
     console="edges_text plan_text sweep_text",
