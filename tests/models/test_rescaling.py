@@ -5,6 +5,8 @@ from architectures import BUILD, build, inputs_of
 from conftest import noise, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import SwiGLUPacked
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 import vitplast as vp
@@ -182,3 +184,18 @@ def test_names_of_twins():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             vp.load(name)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(qk_norm=True), "no QK, and no mix"),
+        (dict(mlp_layer=SwiGLUPacked), "LN2 has two matrices to go into"),
+        (dict(block_fn=ResPostBlock), "LN1, LN2, read and shift have no reader"),
+    ],
+)
+def test_other_transformers_have_other_maps(options, said):
+    model = tiny_vit(num_classes=4, **options) if "mlp_layer" not in options else VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3, **options)
+    for ask in (lambda m: rescale(m, LN1=2), normal_form):
+        with pytest.raises(TypeError, match=f"is not covered.*{said}"):
+            ask(model)

@@ -6,7 +6,7 @@
 __all__ = ['Group', 'pieces_of', 'groups_of', 'moved', 'curvature_vectors', 'Walk', 'FirstStep', 'signs', 'two_walks',
            'own_places', 'selected', 'first_step']
 
-# %% ../../nbs/theory/steps.ipynb #3ea0ff43
+# %% ../../nbs/theory/steps.ipynb #bd9a08ed
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from vitplast.models import (
 )
 from .gradients import check_labelled, requiring_all
 
-# %% ../../nbs/theory/steps.ipynb #54d5c1f3
+# %% ../../nbs/theory/steps.ipynb #2a2a8e94
 class Group(NamedTuple):
     "Parameters of one component that belong to the same selections."
 
@@ -66,7 +66,7 @@ def pieces_of(name, p, chosen) -> dict:
 
 
 def groups_of(parts, parameters, chosen) -> list:
-    """What the selections, given by the places of their parameters, move together."""
+    "What the selections, given by the places of their parameters, move together."
     owners = {n: c for c in parts.components for n in c.parameters}
     found = {}
     for name, p in parameters.items():
@@ -77,7 +77,7 @@ def groups_of(parts, parameters, chosen) -> list:
             found[owner and owner.name, members].pieces[name] = mask
     return list(found.values())
 
-# %% ../../nbs/theory/steps.ipynb #5bb14735
+# %% ../../nbs/theory/steps.ipynb #3ccbf606
 def moved(module, names, parameters, direction, args, kwargs) -> torch.Tensor:
     """How the output of a module changes when its parameters move along a direction
     and its input stays; None if it does not.
@@ -109,7 +109,7 @@ def curvature_vectors(logits, probes, g) -> torch.Tensor:
     v = p.sqrt() * v
     return v - p * v.sum(-1, keepdim=True)
 
-# %% ../../nbs/theory/steps.ipynb #0ac25b15
+# %% ../../nbs/theory/steps.ipynb #57d383cb
 class Walk:
     "A model with labelled batches, and what its selections move."
 
@@ -148,7 +148,7 @@ class Walk:
         return np.array(own) @ self.member.numpy()
 
     def own_names(self, owner) -> dict:
-        "Full names of parameters, and their names inside the module that owns them."
+        "Names of parameters, full and inside the module that owns them."
         if owner is None:
             return {n: n for n in self.parameters}
         return {n: n[len(owner.name) + 1 :] for n in owner.parameters}
@@ -197,7 +197,7 @@ class Walk:
                 total[i] += (self.member.T @ q).square().sum(1) / len(a)
         return own, total.numpy()
 
-# %% ../../nbs/theory/steps.ipynb #4f897630
+# %% ../../nbs/theory/steps.ipynb #0d3b9265
 @dataclass(eq=False)
 class FirstStep:
     """What a step along the gradient, and one along its signs, does to the loss,
@@ -286,7 +286,7 @@ class FirstStep:
         scale = 1.0 if clip is None else np.minimum(1, clip / np.hypot(norm, head))
         return (1 - momentum) * (scale * slope).mean(0) / (scale**2 * bend).mean(0)
 
-# %% ../../nbs/theory/steps.ipynb #f87df33b
+# %% ../../nbs/theory/steps.ipynb #2e5b801e
 def signs(direction) -> dict:
     "The signs of a direction."
     return {n: t.sign() for n, t in direction.items()}
@@ -342,7 +342,7 @@ def two_walks(walk, places, head, progress) -> FirstStep:
         batch_sign_curvature=sign_bend,
     )
 
-# %% ../../nbs/theory/steps.ipynb #94e5fc25
+# %% ../../nbs/theory/steps.ipynb #135ac897
 def own_places(selection, model, head) -> dict:
     "What a selection moves beside the head, or the head where that is all."
     found = chosen_places(selection, model, head=False)
@@ -384,8 +384,9 @@ def first_step(
 
     images: normalised (N, C, H, W); labels (N,). selections: all components of all
     blocks for None; the head belongs to a selection only where it is all of it.
-    batch_size: of the mini-batches, at most, whose gradients are tried on each other.
-    probes: how many random combinations of logits stand for more classes than that (seed).
+    batch_size: of the mini-batches, at most, whose gradients are tried on each
+    other. probes: how many random combinations of logits stand for more classes
+    than that (seed).
     Frozen parameters are measured, too; nothing is changed. Costs two passes
     forward and back and a pass back per class or probe, whatever the number of
     selections. Raises what `gradient_bounds` raises, and ValueError for a selection
