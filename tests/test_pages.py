@@ -29,7 +29,7 @@ def test_every_symbolic_check_stands_beside_a_wrong_variant(page):
 
 
 def test_theorems_are_numbered_in_the_order_of_the_book():
-    texts = ["".join("".join(c["source"]) for c in json.loads((ROOT / f"nbs/{c}.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
+    texts = ["\n".join("".join(c["source"]) for c in json.loads((ROOT / f"nbs/{c}.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
              for c in chapters() if c.startswith("theory/") and c != "theory/symbols"]  # fmt: skip
     numbers = [int(n) for text in texts for n in re.findall(r"^> \*\*Theorem (\d+) \(", text, re.MULTILINE)]
     assert numbers == list(range(1, len(numbers) + 1))
