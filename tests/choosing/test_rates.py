@@ -32,12 +32,12 @@ def test_the_rule_is_that_of_the_page(model):
     assert np.allclose(found.step_rate, eta) and list(found.selection) == ["LN1", "MHA@1"]
     assert np.allclose(found.lr, 0.4 * eta**0.5, rtol=0.06)
     assert all(len(f"{lr:.10g}".replace(".", "").strip("0").split("e")[0]) <= 2 for lr in found.lr)
-    whole = suggest_rates(model, task(), ["LN1", "MHA@1"], config, images=40, power=1)
-    assert np.allclose(whole.lr, 0.4 * eta, rtol=0.06)
+
     joint = suggest_rates(model, task(), ["LN1"], dict(clip=0.5, momentum=0.8, seed=3, clip_head="joint"), images=40)
     assert joint.step_rate[0] > found.step_rate[0]  # a clip that is shared is tighter
     adamw = suggest_rates(model, task(), ["LN1"], dict(optimizer="adamw"), images=40)
     assert adamw.step_rate[0] == pytest.approx(step_with_head(model, task(), ["LN1"], images=40).rates("adamw")[0])
+    assert adamw.lr[0] == pytest.approx(adamw.step_rate[0], rel=0.06)
 
 
 def test_the_head_is_trained_first_and_alone(model):
