@@ -14,11 +14,11 @@ __all__ = door(
         "unwrapped visit visit_tokens watching"
     ),
     selection="CHOICES Selection chosen_places needs_model read_selection",
-    rescaling="MOVES SCALINGS normal_form rescale twin_name with_file",
+    rescaling="MOVES SCALINGS normal_form rescale",
     focus="FOCUS SHA256 check_focus_size",
     checkpoints="EXTENSION FILES convert model_source on_hub",
     loading=(
         "HEADER SHIPPED ViTConfig build card check_model load named_models prepare read save shipped "
-        "skeleton untrained"
+        "skeleton twin_name untrained with_file"
     ),
 )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'SHIPPED', 'ViTConfig', 'positions', 'build', 'save', 'read', 'load_local', 'shipped', 'named_models',
-           'card', 'timm_names', 'check_timm', 'own_weights', 'check_model', 'load_named', 'load', 'untrained',
-           'skeleton', 'prepare']
+           'card', 'twin_name', 'with_file', 'timm_names', 'check_timm', 'own_weights', 'check_model', 'load_named',
+           'load', 'untrained', 'skeleton', 'prepare']
 
 # %% ../../nbs/models/loading.ipynb #5c0a0edf
 import json
@@ -22,7 +22,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..files import nearest, replacing
+from ..files import check_name, nearest, replacing
 from vitplast.models.checkpoints import (
     EXTENSION,
     load_checkpoint,
@@ -35,7 +35,7 @@ from vitplast.models.checkpoints import (
 )
 from .components import unwrapped
 from .focus import FOCUS, load_focus
-from .rescaling import rescale, twin_name
+from .rescaling import MOVES, SCALINGS, rescale
 
 # %% ../../nbs/models/loading.ipynb #ad82ef0c
 @dataclass(frozen=True)
@@ -196,6 +196,39 @@ def card(name="formula-vit") -> dict:
     if not path.exists():
         raise ValueError(f"no card for {name!r}: expected one of {named_models()}")
     return json.loads(path.read_text())
+
+# %% ../../nbs/models/loading.ipynb #2012a7d3
+def twin_name(name) -> tuple:
+    """The name of the network and the maps in a name such as
+    "formula-vit*LN1=8*write=10"; no maps for any other.
+
+    ValueError for an unknown map, with the nearest, for a value that is no positive
+    number, and for another spelling of a number (8.0).
+    """
+    base, *maps = str(name).split("*")
+    found = {}
+    for text in maps:
+        key, equals, value = text.partition("=")
+        check_name("map", key, [*SCALINGS, *MOVES])
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not equals or not 0 < number < math.inf or key in found:
+            raise ValueError(
+                f"{name}: {text!r}, expected each map once, with a positive number,"
+                f" as in {key}=8"
+            )
+        if value != (short := f"{number:.12g}"):
+            raise ValueError(f"{name}: {text!r}, expected {key}={short}")
+        found[key] = number
+    return base, found
+
+# %% ../../nbs/models/loading.ipynb #d82f2b93
+def with_file(name, file) -> str:
+    "The name of a network, or of a twin of it, whose weights come from a file."
+    network, star, maps = name.partition("*")
+    return f"{network}@{file}{star}{maps}"
 
 # %% ../../nbs/models/loading.ipynb #103a045a
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@
 __all__ = ['LACKING', 'SCALINGS', 'MOVES', 'SAME', 'Block', 'noise', 'cannot', 'taken_apart', 'Rewriting', 'embedding', 'norms',
            'first_writers', 'per_block', 'scale_block', 'scale', 'along_ones', 'write', 'readers', 'read', 'shift',
            'mix', 'permute', 'fold', 'fold_norm', 'turn', 'rotate', 'outputs', 'check_same', 'random_numbers',
-           'rescale', 'rms', 'balance', 'centre', 'normal_form', 'twin_name', 'with_file']
+           'rescale', 'rms', 'balance', 'centre', 'normal_form']
 
 # %% ../../nbs/models/rescaling.ipynb #9eea10d5
 import copy
@@ -56,8 +56,8 @@ LACKING = {
         " one that is not gated"
     ),
     "post-norm": (
-        "where norms stand behind what they normalise, LN1, LN2, read and shift have"
-        " no reader to go into"
+        "where norms stand behind what they normalise, LN1, LN2, read and shift"
+        " have no reader to go into"
     ),
 }
 
@@ -496,36 +496,3 @@ def normal_form(model, images=None) -> nn.Module:
         balance(r, b)
     check_same(unwrapped(model), r.model, "normal form")
     return r.model
-
-# %% ../../nbs/models/rescaling.ipynb #2012a7d3
-def twin_name(name) -> tuple:
-    """The name of the network and the maps in a name such as
-    "formula-vit*LN1=8*write=10"; no maps for any other.
-
-    ValueError for an unknown map, with the nearest, for a value that is no positive
-    number, and for another spelling of a number (8.0).
-    """
-    base, *maps = str(name).split("*")
-    found = {}
-    for text in maps:
-        key, equals, value = text.partition("=")
-        check_name("map", key, [*SCALINGS, *MOVES])
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not equals or not 0 < number < math.inf or key in found:
-            raise ValueError(
-                f"{name}: {text!r}, expected each map once, with a positive number,"
-                f" as in {key}=8"
-            )
-        if value != (short := f"{number:.12g}"):
-            raise ValueError(f"{name}: {text!r}, expected {key}={short}")
-        found[key] = number
-    return base, found
-
-# %% ../../nbs/models/rescaling.ipynb #d82f2b93
-def with_file(name, file) -> str:
-    "The name of a network, or of a twin of it, whose weights come from a file."
-    network, star, maps = name.partition("*")
-    return f"{network}@{file}{star}{maps}"
