@@ -156,18 +156,20 @@ def twins(maps, selections, tasks=TWINS, **changes) -> Grid:
     return Grid(tasks, models, selections, seeds=(0,), **changes)
 
 
-def powers(first, shift=0) -> tuple:
-    "Seven rates with a ratio of four, from a power of two on, times another."
-    return tuple(2.0 ** (first + shift + 2 * i) for i in range(7))
+def powers(first, shift=0, count=7) -> tuple:
+    "Rates with a ratio of four, from a power of two on, times another."
+    return tuple(2.0 ** (first + shift + 2 * i) for i in range(count))
 
 
-def bare(maps, selection, first, power=0, clip=None) -> list:
+def bare(maps, selection, first, power=0, clip=None, count=7) -> list:
     """Grids of one selection in twins whose scale is 2^k, by {k: map}: rates times
     2^(power k).
     """
     config = replace(BARE, clip=clip)
     return [
-        twins([name], (selection,), lrs=powers(first, power * k), config=config)
+        twins(
+            [name], (selection,), lrs=powers(first, power * k, count), config=config
+        )
         for k, name in maps.items()
     ]
 
@@ -250,8 +252,8 @@ PRESETS = {
         *bare(scaled("LN1", -6, -3, 0, 3, 6), "LN1", -8, power=2),
         *bare(scaled("stream", -3, 0, 3), "FC2", -10, power=2),
         *bare(scaled("stream", 3), "LN1", -8),
-        *bare(scaled("LN1", -2, 0, 2), "MHA", -12),
-        *bare(scaled("VO", -2, 2), "MHA", -12),
+        *bare(scaled("LN1", -2, 0, 2), "MHA", -18, count=10),
+        *bare(scaled("VO", -2, 2), "MHA", -18, count=10),
         *bare(scaled("LN1", -3, 0, 3), "LN1", -8, power=1, clip=1.0),
         # five decades of rates beside a head with its own
         twins(("",), KINDS, TWINS[:2], lrs=DECADES, config=WIDE),
