@@ -55,7 +55,8 @@ def suggest_rates(
     images=128,
     progress=False,
 ) -> pd.DataFrame:
-    """A learning rate for each selection of a model on a task, without a grid.
+    """A learning rate for each selection of a model on a task, without a grid;
+    settled for single components, and a poor guess for "all" and "head".
 
     task: what vp.task gives, or its name. config: the recipe that the rates are
     for (optimizer, momentum, clip, clip_head); its own rate is not read. images:
