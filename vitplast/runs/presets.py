@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'JOINT', 'REAL_CPU', 'REAL_TWICE',
-           'TWINS', 'EIGHT', 'BARE', 'WIDE', 'DECADES', 'PRESETS', 'several', 'all_runs', 'with_weights', 'read_grids',
-           'published', 'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled']
+           'TWINS', 'EIGHT', 'BARE', 'WIDE', 'CLIPPED', 'DECADES', 'REAL_BARE', 'REAL_JOINT', 'REAL_TWIN',
+           'REAL_DECADES', 'SMALL_LRS', 'REAL_PLACES', 'PRESETS', 'several', 'all_runs', 'with_weights', 'read_grids',
+           'published', 'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places']
 
 # %% ../../nbs/runs/presets.ipynb #0b51a301
 import json
@@ -129,12 +130,14 @@ REAL_CPU = FinetuneConfig(steps=120, eval_every=40, log_every=10, bf16="auto")
 REAL_TWICE = ("openclipart", "solar", "emoji", "digits_plain")  # of two seeds
 
 
-def real(tasks, seeds, clip_head="separate", **changes) -> Grid:
+def real(
+    tasks, seeds, clip_head="separate", lrs=(0.01, 0.03, 0.1, 0.3), **changes
+) -> Grid:
     "The real network at 70 pixels."
     return Grid(
         tasks,
         (FOCUS,),
-        lrs=(0.01, 0.03, 0.1, 0.3),
+        lrs=lrs,
         seeds=seeds,
         config=replace(REAL_CPU, clip_head=clip_head),
         size=70,
@@ -147,12 +150,13 @@ TWINS = ("digits", "glyphs", "sketch")  # of three families
 EIGHT = ("LN1", "LN2", "stream")
 BARE = FinetuneConfig(steps=80, eval_every=40, log_every=10, clip=None, head_lr=0)
 WIDE = replace(BARE, clip=1.0, head_lr=0.1)
+CLIPPED = replace(BARE, clip=1.0)
 DECADES = (*(float(f"{m}e{e}") for e in range(-4, 1) for m in (1, 3)), 10.0)
 
 
-def twins(maps, selections, tasks=TWINS, **changes) -> Grid:
-    "Twins of formula-vit, one seed."
-    models = tuple("formula-vit" + f"*{name}" * bool(name) for name in maps)
+def twins(maps, selections, tasks=TWINS, model="formula-vit", **changes) -> Grid:
+    "Twins of a network, one seed."
+    models = tuple(model + f"*{name}" * bool(name) for name in maps)
     return Grid(tasks, models, selections, seeds=(0,), **changes)
 
 
@@ -161,15 +165,13 @@ def powers(first, shift=0, count=7) -> tuple:
     return tuple(2.0 ** (first + shift + 2 * i) for i in range(count))
 
 
-def bare(maps, selection, first, power=0, clip=None, count=7) -> list:
+def bare(maps, selection, first, power=0, count=7, config=BARE, **changes) -> list:
     """Grids of one selection in twins whose scale is 2^k, by {k: map}: rates times
     2^(power k).
     """
-    config = replace(BARE, clip=clip)
+    changes["config"] = config
     return [
-        twins(
-            [name], (selection,), lrs=powers(first, power * k, count), config=config
-        )
+        twins([name], (selection,), lrs=powers(first, power * k, count), **changes)
         for k, name in maps.items()
     ]
 
@@ -177,6 +179,27 @@ def bare(maps, selection, first, power=0, clip=None, count=7) -> list:
 def scaled(name, *ks) -> dict:
     "Maps by the power of two of their factor."
     return {k: f"{name}={2.0**k:.12g}" if k else "" for k in ks}
+
+
+# the same on the real network, beside a head with a rate of its own
+REAL_BARE = replace(REAL_CPU, steps=80, clip=None, head_lr=0.1)
+REAL_JOINT = replace(REAL_CPU, clip_head="joint")
+REAL_TWIN = {"tasks": ("openclipart",), "model": FOCUS, "size": 70}
+REAL_DECADES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
+
+
+def real_bare(maps, selection, first, power=0, count=4) -> list:
+    "Grids of one selection in twins of the real network."
+    return bare(maps, selection, first, power, count, REAL_BARE, **REAL_TWIN)
+
+# %% ../../nbs/runs/presets.ipynb #0b8e1b45
+def places(depth) -> tuple:
+    "Every component of every block, and the head alone."
+    return (*(f"{kind}@{i}" for i in range(depth) for kind in KINDS), "head")
+
+
+SMALL_LRS = (0.03, 0.1, 0.3)
+REAL_PLACES = replace(REAL_CPU, steps=100, eval_every=50)
 
 # %% ../../nbs/runs/presets.ipynb #727f7f87
 PRESETS = {
@@ -240,6 +263,7 @@ PRESETS = {
         # the published recipe, and rates that follow nothing
         twins(("write=10",), KINDS, config=JOINT),
         twins(("permute=1",), KINDS, TWINS[:1], config=JOINT),
+        twins(("read=10",), ("MHA", "FC1"), TWINS[:2], config=JOINT),
         *(
             twins(scaled(name, -3, 3).values(), kinds, TWINS[:2], config=JOINT)
             for name, kinds in (
@@ -254,9 +278,53 @@ PRESETS = {
         *bare(scaled("stream", 3), "LN1", -8),
         *bare(scaled("LN1", -2, 0, 2), "MHA", -18, count=10),
         *bare(scaled("VO", -2, 2), "MHA", -18, count=10),
-        *bare(scaled("LN1", -3, 0, 3), "LN1", -8, power=1, clip=1.0),
+        *bare(scaled("LN1", -3, 0, 3), "LN1", -8, power=1, config=CLIPPED),
         # five decades of rates beside a head with its own
         twins(("",), KINDS, TWINS[:2], lrs=DECADES, config=WIDE),
+    ),
+    "twins-real-cpu": (
+        twins(
+            ("write=0.1", "permute=1"),
+            KINDS,
+            lrs=(0.03,),
+            config=REAL_JOINT,
+            **REAL_TWIN,
+        ),
+        twins(
+            scaled("stream", -5).values(),
+            ("LN1", "LN2"),
+            lrs=(0.03, 0.3),
+            config=REAL_JOINT,
+            **REAL_TWIN,
+        ),
+        *real_bare(scaled("LN1", -3, 0, 3), "LN1", -7, power=2),
+        *real_bare(scaled("stream", 0, 3), "FC2", -11, power=2),
+        *real_bare(scaled("LN1", -2, 0, 2), "MHA", -15, count=5),
+        twins(
+            ("",),
+            KINDS,
+            lrs=REAL_DECADES,
+            config=replace(REAL_BARE, clip=1.0),
+            **REAL_TWIN,
+        ),
+    ),
+    "places-cpu": tuple(
+        Grid(
+            SUITES["offline"],
+            selections=places(6),
+            lrs=SMALL_LRS,
+            seeds=(seed,),
+            config=CPU,
+            extend=True,
+        )
+        for seed in (0, 1)
+    ),
+    "places-real-cpu": tuple(
+        replace(
+            real((task,), (0,), selections=places(12), lrs=SMALL_LRS),
+            config=REAL_PLACES,
+        )
+        for task in REAL_TWICE[:2]
     ),
     "adamw-cpu": (
         Grid(
@@ -266,6 +334,13 @@ PRESETS = {
             optimizers=("adamw",),
             config=CPU,
             extend=True,
+        ),
+        real(
+            ("openclipart",),
+            (0,),
+            lrs=hundredth((0.01, 0.03, 0.1, 0.3)),
+            optimizers=("adamw",),
+            selections=KINDS,
         ),
     ),
 }

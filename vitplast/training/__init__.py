@@ -8,8 +8,8 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     freezing="trainable training_mode",
-    recipe="FinetuneConfig image_order warmup_cosine",
-    finetune="Run TRAINING_VERSION decided finetune new_head precision",
+    recipe="FinetuneConfig image_order precision warmup_cosine",
+    finetune="Run TRAINING_VERSION decided finetune new_head",
     batched="finetune_many group_key memory_per_run runs_that_fit",
     probe="PROBE_VERSION fit_head linear_probe",
     pretrain="PretrainConfig SIZES hardware pretrain publish",

@@ -41,7 +41,6 @@ from vitplast.training.finetune import (
     gradient_groups,
     has_diverged,
     own_and_head,
-    precision,
     prepared_head,
     reads,
 )
@@ -51,6 +50,7 @@ from vitplast.training.recipe import (
     check_batch,
     image_order,
     pieces,
+    precision,
     warmup_cosine,
 )
 

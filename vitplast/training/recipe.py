@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'CLIP_HEAD', 'POSITIVE', 'COUNT', 'SHARE', 'TRUTH', 'ALLOWED', 'NEUTRAL', 'RATIOS', 'is_number',
            'is_whole', 'in_one_spelling', 'FinetuneConfig', 'warmup_cosine', 'check_batch', 'image_order',
-           'make_optimizer', 'pieces']
+           'make_optimizer', 'pieces', 'precision']
 
 # %% ../../nbs/training/recipe.ipynb #de4f4d8e
 import math
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..files import check_name, later, restored, settings
 from ..models import KINDS
@@ -235,3 +237,17 @@ def pieces(images, labels, config) -> list:
             labels.tensor_split(config.accumulate),
         )
     )
+
+# %% ../../nbs/training/recipe.ipynb #c690d883
+@contextmanager
+def precision(like, bf16):
+    """A context in which networks compute in bfloat16 on the device of a tensor, if
+    they are to.
+    """
+    with torch.autocast(like.device.type, torch.bfloat16, enabled=bf16):
+        if bf16 and like.device.type == "cpu":
+            # the way back through the fused form took a fifth of a step
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        else:
+            yield
