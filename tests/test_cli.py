@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 import vitplast as vp
 from vitplast.cli import app
+from vitplast.data import measure
 
 COMMAND = [sys.executable, "-m", "vitplast.cli"]
 
@@ -101,3 +103,16 @@ def test_the_demo_prints_the_same_numbers_twice(tmp_path):
     found = json.loads(first.stdout)
     assert [r["component"] for r in found["components"]][0] in ("MHA", "FC1", "FC2", "LN2", "LN1", "all")
     assert len(found["components"]) == 7 and (tmp_path / "a" / "report.html").stat().st_size > 1e5
+
+
+def test_branches_are_measured_as_in_python(tmp_path):
+    out = tmp_path / "branches.csv"
+    result = invoke("measure", "formula-vit-tiny", "--of", "branch", "--n", 8, "--out", out, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    expected = measure("formula-vit-tiny", "digits", n=8, of="branch", batch_size=32)
+    for column in ("plasticity", "share", "cosine"):
+        np.testing.assert_allclose(pd.read_csv(out)[column], expected[column], rtol=1e-4)
+    assert "cosine" in out.with_suffix(".svg").read_text()
+    for args, message in ((("--of", "branches"), "--of 'branches': expected component or branch"), (("--of", "branch", "--inputs", "both"), "expected one of ('native',) with --of branch")):
+        result = invoke("measure", "formula-vit-tiny", *args, "--out", tmp_path / "other.csv")
+        assert result.exit_code == 1 and message in result.output

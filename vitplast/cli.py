@@ -183,7 +183,19 @@ def measure(
         ),
     ),
     inputs: str = typer.Option(
-        "both", help="embedding (the paper's), native, or both."
+        None,
+        help=(
+            "embedding (the paper's), native, or both, which is the default;"
+            " branches are always native."
+        ),
+    ),
+    of: str = typer.Option(
+        "component",
+        "--of",
+        help=(
+            "component, or branch: what attention and MLP add to the stream, which"
+            " no rewriting of the network changes."
+        ),
     ),
     pairs: str = typer.Option(
         "paired",
@@ -255,9 +267,13 @@ def measure(
             raise ValueError(f"--out {out}: expected an existing folder")
         if out.exists() and not overwrite:
             raise ValueError(f"--out {out}: exists; --overwrite replaces it")
-        if inputs not in (*INPUTS, "both"):
+        if of not in ("component", "branch"):
+            raise ValueError(f"--of {of!r}: expected component or branch")
+        allowed = ("native",) if of == "branch" else (*INPUTS, "both")
+        if inputs is not None and inputs not in allowed:
             raise ValueError(
-                f"--inputs {inputs!r}: expected one of {(*INPUTS, 'both')}"
+                f"--inputs {inputs!r}: expected one of {allowed}"
+                + " with --of branch" * (of == "branch")
             )
         if checkpoint and untrained:
             raise ValueError(
@@ -267,7 +283,8 @@ def measure(
         options |= {} if num_classes is None else {"num_classes": num_classes}
         model = f"{model}@{checkpoint}" if checkpoint else model
         loaded = load(model, **options)
-        protocols = INPUTS if inputs == "both" else (inputs,)
+        both = inputs in (None, "both") and of == "component"
+        protocols = INPUTS if both else (inputs or "native",)
         frame = measured(
             loaded,
             target,
@@ -280,6 +297,7 @@ def measure(
             batch,
             chosen_device(device),
             progress=True,
+            of=of,
             skip_corrupt=skip_corrupt,
             max_pixels=max_pixels,
         )
@@ -293,11 +311,16 @@ def measure(
     if as_json:
         typer.echo(frame.to_json(orient="records", indent=1))
     else:
-        means = frame.groupby(["component", "inputs"]).plasticity.mean().unstack()
-        table = means.loc[list(THEORY_ORDER), list(protocols)]
+        if of == "branch":
+            measures = ["plasticity", "share", "cosine"]
+            table = frame.groupby("component", sort=False)[measures].mean()
+        else:
+            means = frame.groupby(["component", "inputs"]).plasticity.mean()
+            table = means.unstack().loc[list(THEORY_ORDER), list(protocols)]
         typer.echo(
-            f"\n{model}, {frame.source[0]} against {target}: plasticity, mean over"
-            f" blocks\n\n{table.round(3).to_string()}\n"
+            f"\n{model}, {frame.source[0]} against {target}: plasticity"
+            f"{' of branches' * (of == 'branch')}, mean over blocks\n\n"
+            f"{table.round(3).to_string()}\n"
         )
     typer.echo(f"{out} and {out.with_suffix('.svg')} written", err=True)
 

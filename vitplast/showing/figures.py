@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'KIND_LINES', 'THEORY_ORDER', 'STYLE', 'WIDTH', 'BookFigure', 'panels', 'as_svg',
            'contact_sheet', 'as_png', 'image_rows', 'draw_depth', 'depth_lines', 'draw_boxes', 'over_targets',
-           'measurement', 'against_accuracy', 'training_curves', 'alike', 'mean_ranks', 'differences', 'draw_surface',
-           'draw_loss', 'draw_rate', 'keep_headline']
+           'branch_lines', 'measurement', 'against_accuracy', 'training_curves', 'alike', 'mean_ranks', 'differences',
+           'draw_surface', 'draw_loss', 'draw_rate', 'keep_headline']
 
 # %% ../../nbs/showing/figures.ipynb #cec01697
 import base64
@@ -225,10 +225,31 @@ def over_targets(frame) -> pd.DataFrame:
     )
 
 # %% ../../nbs/showing/figures.ipynb #f0af4283
+def branch_lines(frame):
+    "One panel per measure of branches over depth (%)."
+    figure, axes = panels(3, height=2.8)
+    for ax, value in zip(axes, ("plasticity", "share", "cosine")):
+        for branch, kind in (("attention", "MHA"), ("MLP", "FC1")):
+            own = frame[frame.component == branch].sort_values("depth")
+            ax.plot(
+                100 * own.depth,
+                own[value],
+                color=COLOURS[kind],
+                marker=MARKERS[kind],
+                markersize=5,
+                label=branch,
+            )
+        ax.set(title=value, xlabel="depth (%)")
+    axes[0].legend()
+    return figure
+
+
 def measurement(frame):
     """One row per input protocol: plasticity over depth with intervals, and its
-    spread over blocks by theoretical rank.
+    spread over blocks by theoretical rank; of branches: all three measures.
     """
+    if "share" in frame:
+        return branch_lines(frame)
     protocols = list(dict.fromkeys(frame.inputs))
     figure, axes = panels(
         2, len(protocols), sharey="row", squeeze=False, width_ratios=(3, 2)
