@@ -11,5 +11,5 @@ __all__ = door(
     data="Task task tasks",
     training="FinetuneConfig Run finetune linear_probe trainable",
     runs="Grid sweep",
-    choosing="suggest_rates",
+    choosing="criteria suggest_rates",
 )

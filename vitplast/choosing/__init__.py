@@ -1,7 +1,12 @@
 """What to finetune, and at which rate.
 
-`suggest_rates` gives every selection a learning rate without a grid of them."""
+`criteria` gives every component of every block the numbers that have been proposed to rank them, `suggest_rates` gives
+every selection a learning rate without a grid."""
 
 from vitplast._door import door
 
-__all__ = door(__name__, rates="step_with_head suggest_rates")
+__all__ = door(
+    __name__,
+    criteria="CRITERIA FAMILIES criteria",
+    rates="step_with_head suggest_rates",
+)

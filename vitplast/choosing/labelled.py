@@ -6,7 +6,7 @@
 __all__ = ['LARGEST', 'passes_back', 'by_component', 'rows_of', 'of_gradients', 'gathered', 'of_steps', 'leave_one_out',
            'collected', 'in_turns', 'of_kernels']
 
-# %% ../../nbs/choosing/labelled.ipynb #d6c17873
+# %% ../../nbs/choosing/labelled.ipynb #d46da890
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, one_hot
@@ -18,7 +18,7 @@ from ..theory import first_step
 from ..theory.gradients import requiring_all
 from ..training import head_inputs
 
-# %% ../../nbs/choosing/labelled.ipynb #2c58303d
+# %% ../../nbs/choosing/labelled.ipynb #9f823605
 def passes_back(sample: Sample):
     """Of every batch: tokens that enter the components, signals at their outputs
     and gradients of their parameters, for its mean cross-entropy.
@@ -55,7 +55,7 @@ def of_gradients(sample: Sample) -> dict:
     "Criteria from one pass back."
     components, batches = sample.parts.components, sample.batches()
     own = [p.detach() for c in components for p in c.parameters.values()]
-    mean, square = ([torch.zeros_like(p) for p in own] for _ in "12")
+    mean, total, square = ([torch.zeros_like(p) for p in own] for _ in "123")
     relative, fisher = np.zeros(len(own)), np.zeros(len(components))
     with np.errstate(divide="ignore", invalid="ignore"):
         for (images, _), (tokens, signals, found) in zip(
@@ -64,31 +64,29 @@ def of_gradients(sample: Sample) -> dict:
             share = len(images) / len(sample.images)
             for i, g in enumerate(found):
                 mean[i] += g * share
+                total[i] += g
                 square[i] += g.square()
                 relative[i] += np.divide(g.norm().item(), own[i].norm().item())
             for i, c in enumerate(components):
                 # signals are those of the batch's mean
                 single = squares(c, tokens[i], signals[i] * len(images))
                 fisher[i] += single.sum().item() / len(sample.images)
-        return gathered(
-            components, own, mean, square, relative, fisher, len(batches)
-        )
-
-
-def gathered(components, own, mean, square, relative, fisher, n) -> dict:
-    "Criteria from sums of gradients over n batches."
     relative[~np.isfinite(relative)] = np.nan  # of tensors that are all zeros
-    columns = [own, mean, square, relative.tolist()]
-    rows = []
-    for i, (p, g, sq, rel) in enumerate(
-        zip(*(by_component(components, column) for column in columns))
-    ):
+    sums = own, mean, total, square, relative.tolist()
+    return gathered(components, sums, fisher, len(batches))
+
+
+def gathered(components, sums, fisher, n) -> dict:
+    """Criteria from sums over n batches, one per parameter: itself, its gradient,
+    and gradients, their squares and relative lengths, of the batches.
+    """
+    rows, columns = [], (by_component(components, s) for s in sums)
+    for i, (p, g, total, sq, rel) in enumerate(zip(*columns)):
         size = sum(t.numel() for t in p)
-        # with batches of one size; one batch alone has no variance
-        noise = [
-            (s - n * m.square()).clamp(min=0) / max(n - 1, 1) for s, m in zip(sq, g)
-        ]
-        clean = torch.cat([(m.square() / v).flatten() for m, v in zip(g, noise)])
+        noise = [(s - t.square() / n).clamp(min=0) for s, t in zip(sq, total)]
+        # one batch alone has no variance
+        clean = [(m.square() * (n - 1) / v).flatten() for m, v in zip(g, noise)]
+        clean = torch.cat(clean)
         product = sum((a * b).abs().sum().item() for a, b in zip(p, g))
         rows.append(
             {
@@ -108,7 +106,7 @@ def gathered(components, own, mean, square, relative, fisher, n) -> dict:
         )
     return {name: np.array([r[name] for r in rows]) for name in rows[0]}
 
-# %% ../../nbs/choosing/labelled.ipynb #78ea8331
+# %% ../../nbs/choosing/labelled.ipynb #dc6d56ea
 def of_steps(sample: Sample) -> dict:
     "Criteria from one first step of every component."
     found = first_step(sample.model, sample.images, sample.labels).frame()
@@ -119,7 +117,7 @@ def of_steps(sample: Sample) -> dict:
         for what in ("gain", "rate")
     }
 
-# %% ../../nbs/choosing/labelled.ipynb #aadc30fc
+# %% ../../nbs/choosing/labelled.ipynb #9bef4055
 def leave_one_out(K, targets, ridge=0.01) -> tuple:
     """Accuracy and mean squared error of kernel ridge regression, each picture
     told from all others; ridge: a share of the mean of the diagonal.
@@ -130,7 +128,7 @@ def leave_one_out(K, targets, ridge=0.01) -> tuple:
     right = (targets - missed).argmax(1) == targets.argmax(1)
     return right.double().mean().item(), missed.square().sum(1).mean().item()
 
-# %% ../../nbs/choosing/labelled.ipynb #cc337253
+# %% ../../nbs/choosing/labelled.ipynb #ce6a4f06
 LARGEST = 2**31  # bytes of inputs and signals that are kept at once
 
 
@@ -186,7 +184,7 @@ def in_turns(sample: Sample, directions) -> list:
         room -= bytes_of[i]
     return groups
 
-# %% ../../nbs/choosing/labelled.ipynb #7fb10ad6
+# %% ../../nbs/choosing/labelled.ipynb #a64b9481
 def of_kernels(sample: Sample, probes=4, seed=0) -> dict:
     "Criteria from the tangent kernel of every component."
     components = sample.parts.components
@@ -200,13 +198,14 @@ def of_kernels(sample: Sample, probes=4, seed=0) -> dict:
         phi = features[0].double()
         head = len(weight) * (phi @ phi.T + 1)
         for i, (tokens, sent) in zip(group, found):
-            *random, residual = (gram(components[i], tokens, s) for s in sent)
-            K = sum(random).double() / probes
+            *random, residual = sent
+            K = gram(components[i], tokens, *random).double() / probes
+            aligned = gram(components[i], tokens, residual).sum()
             right, error = leave_one_out(head + K, targets)
             rows.append(
                 {
                     "kernel trace": K.trace().item(),
-                    "kernel alignment": (residual.sum() / K.trace()).item(),
+                    "kernel alignment": (aligned / K.trace()).item(),
                     "kernel regression": right,
                     "low kernel error": -error,
                 }

@@ -6,14 +6,14 @@
 __all__ = ['LARGEST', 'Map', 'attended', 'output_matrix', 'attention_maps', 'owner', 'maps_of', 'matrices_of', 'normalised',
            'norm_gradients', 'squares', 'gram']
 
-# %% ../../nbs/choosing/matrices.ipynb #03377f46
+# %% ../../nbs/choosing/matrices.ipynb #87494ae1
 from typing import NamedTuple
 
 import torch
 
 from ..models import Attention, Linear, Norm
 
-# %% ../../nbs/choosing/matrices.ipynb #8bbeb3ff
+# %% ../../nbs/choosing/matrices.ipynb #56804e3d
 class Map(NamedTuple):
     "One matrix of a component, with what goes in and what comes back."
 
@@ -29,7 +29,7 @@ class Map(NamedTuple):
         ones = torch.ones_like(self.inputs[..., :1])
         return torch.cat([self.inputs, ones], -1)
 
-# %% ../../nbs/choosing/matrices.ipynb #03daaf3d
+# %% ../../nbs/choosing/matrices.ipynb #b1e37c86
 def attended(w: Attention, q, k, v) -> torch.Tensor:
     "What heads (N, n, heads * d_head) hand to the output matrix."
     if w.rotary is not None:
@@ -68,7 +68,7 @@ def attention_maps(w: Attention, tokens, signals, owned) -> list:
     ]
     return [*maps, Map(O, between.detach(), signals, owned(w.b_o))]
 
-# %% ../../nbs/choosing/matrices.ipynb #4d49c039
+# %% ../../nbs/choosing/matrices.ipynb #a7a59b95
 def owner(component):
     "A function tensor -> whether it is a view of one of a component's parameters."
     places = {p.untyped_storage().data_ptr() for p in component.parameters.values()}
@@ -88,7 +88,7 @@ def maps_of(component, tokens, signals=None) -> list:
         return [Map(w.W, tokens, signals, owned(w.b))]
     return attention_maps(w, tokens, signals, owned)
 
-# %% ../../nbs/choosing/matrices.ipynb #f1d559dd
+# %% ../../nbs/choosing/matrices.ipynb #41acff55
 def matrices_of(component) -> list:
     "The same matrices alone, in the same order."
     w = component.weights()
@@ -99,7 +99,7 @@ def matrices_of(component) -> list:
     sides = [W.reshape(-1, W.shape[-1]) for W in (w.Q, w.K, w.V)]
     return [W.detach() for W in (*sides, output_matrix(w))]
 
-# %% ../../nbs/choosing/matrices.ipynb #9817a0a3
+# %% ../../nbs/choosing/matrices.ipynb #aa130940
 def normalised(w: Norm, tokens) -> torch.Tensor:
     "Tokens before scale and shift."
     centre = tokens.mean(-1, keepdim=True) if w.centred else 0.0
@@ -116,7 +116,7 @@ def norm_gradients(component, tokens, signals) -> torch.Tensor:
     found = [t.sum(1) for own_one, t in own if owned(own_one)]
     return torch.cat(found, 1) if found else signals.new_zeros(len(signals), 1)
 
-# %% ../../nbs/choosing/matrices.ipynb #076eee6a
+# %% ../../nbs/choosing/matrices.ipynb #6ffc37f4
 @torch.no_grad()
 def squares(component, tokens, signals) -> torch.Tensor:
     "Squared lengths (N,) of the gradients of single pictures."
@@ -133,15 +133,19 @@ LARGEST = 2**25  # numbers in one product of tokens with tokens
 
 
 @torch.no_grad()
-def gram(component, tokens, signals) -> torch.Tensor:
-    "Inner products (N, N) of the gradients of single pictures."
+def gram(component, tokens, *signals) -> torch.Tensor:
+    """Inner products (N, N) of the gradients of single pictures, summed over
+    signals.
+    """
     if isinstance(component.weights(), Norm):
-        rows = norm_gradients(component, tokens, signals)
+        own = [norm_gradients(component, tokens, s) for s in signals]
+        rows = torch.cat(own, 1)
         return rows @ rows.T
     N, n = tokens.shape[:2]
     step, total = max(1, LARGEST // (N * n * n)), tokens.new_zeros(N, N)
-    for m in maps_of(component, tokens, signals):
-        z, s = m.extended().flatten(0, 1), m.signals.flatten(0, 1)
+    for same in zip(*(maps_of(component, tokens, s) for s in signals)):
+        z = same[0].extended().flatten(0, 1)
+        s = torch.cat([m.signals for m in same], -1).flatten(0, 1)
         for i in range(0, N, step):
             rows = slice(i * n, (i + step) * n)
             both = (z[rows] @ z.T) * (s[rows] @ s.T)

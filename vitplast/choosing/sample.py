@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['HEAD', 'few', 'with_head', 'training_pictures', 'Sample', 'draw_sample']
 
-# %% ../../nbs/choosing/sample.ipynb #d09ded62
-from dataclasses import dataclass, replace
+# %% ../../nbs/choosing/sample.ipynb #d9aff7c4
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,10 @@ from torch import nn
 from ..data import FORMULA, Split, Task, named_images
 from ..files import check_count
 from ..models import anatomy, prepare
+from ..theory.gradients import check_labelled
 from ..training import FinetuneConfig, finetune
 
-# %% ../../nbs/choosing/sample.ipynb #20405ee1
+# %% ../../nbs/choosing/sample.ipynb #13733bd1
 HEAD = FinetuneConfig(lr=0.1, steps=60, eval_every=60)
 
 
@@ -38,9 +40,8 @@ def training_pictures(task: Task, images, seed=0) -> Split:
     rows = np.random.default_rng(seed).permutation(len(task.train))[:images]
     return Split(task.still(rows), task.train.labels[rows])
 
-# %% ../../nbs/choosing/sample.ipynb #28d6f79f
-@dataclass(frozen=True, eq=False)
-class Sample:
+# %% ../../nbs/choosing/sample.ipynb #ef99d553
+class Sample(NamedTuple):
     "A network with a trained head, and pictures prepared for it."
 
     model: nn.Module
@@ -72,7 +73,7 @@ def draw_sample(
 
     source: where old pictures come from, as `measure` takes it; None for formulas
     with the shipped models, and for the task's own pictures otherwise. ValueError where all
-    pictures are of one class.
+    pictures are of one class, TypeError for half precision.
     """
     chosen = training_pictures(task, images, seed)
     if len(chosen.labels.unique()) < 2:
@@ -89,10 +90,8 @@ def draw_sample(
     else:
         side = chosen.images.shape[-1]
         old = named_images(source, len(chosen), side, seed).images
-    return Sample(
-        headed,
-        prepare(headed, chosen.images),
-        chosen.labels.to(next(headed.parameters()).device),
-        prepare(headed, old),
-        str(source or task.name),
+    images, labels = check_labelled(
+        headed, anatomy(headed), prepare(headed, chosen.images), chosen.labels
     )
+    old = prepare(headed, old)
+    return Sample(headed, images, labels, old, str(source or task.name))

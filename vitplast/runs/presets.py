@@ -297,9 +297,17 @@ PRESETS = {
             config=REAL_JOINT,
             **REAL_TWIN,
         ),
+        # in float32, where stronger writers stay invisible
+        twins(
+            ("", "write=1"),
+            ("LN1", "MHA", "FC2"),
+            lrs=(0.03,),
+            config=replace(REAL_JOINT, bf16=False),
+            **REAL_TWIN,
+        ),
         *real_bare(scaled("LN1", -3, 0, 3), "LN1", -7, power=2),
         *real_bare(scaled("stream", 0, 3), "FC2", -11, power=2),
-        *real_bare(scaled("LN1", -2, 0, 2), "MHA", -15, count=5),
+        *real_bare(scaled("LN1", -2, 0, 2), "MHA", -23, count=9),
         twins(
             ("",),
             KINDS,
