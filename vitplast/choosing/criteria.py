@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'CRITERIA', 'NOT_OF_NORMS', 'Family', 'asked_for', 'seconds_of_a_pass', 'criteria']
 
-# %% ../../nbs/choosing/criteria.ipynb #0a716ea9
+# %% ../../nbs/choosing/criteria.ipynb #276dfaaa
 from time import perf_counter
 from typing import Callable, NamedTuple
 
@@ -20,7 +20,7 @@ from ..data import task_for
 from ..files import check_name
 from ..models import unwrapped
 
-# %% ../../nbs/choosing/criteria.ipynb #50dbbee0
+# %% ../../nbs/choosing/criteria.ipynb #e2755fac
 class Family(NamedTuple):
     "A function of a sample, the criteria that it gives, and whether it sees labels."
 
@@ -86,7 +86,7 @@ FAMILIES = {
 CRITERIA = tuple(name for f in FAMILIES.values() for name in f.criteria)
 NOT_OF_NORMS = ("spectrum", "low nfn", "eva")  # NaN there: a norm has no matrix
 
-# %% ../../nbs/choosing/criteria.ipynb #344a75d7
+# %% ../../nbs/choosing/criteria.ipynb #e8753e19
 def asked_for(which) -> list:
     "Criteria by name, or by the name of their family; all for None."
     if which is None:
@@ -109,7 +109,7 @@ def seconds_of_a_pass(sample) -> float:
         torch.cuda.synchronize()
     return perf_counter() - started
 
-# %% ../../nbs/choosing/criteria.ipynb #9ed1bcd4
+# %% ../../nbs/choosing/criteria.ipynb #2541af09
 def criteria(
     model, task, which=None, images=128, source=None, seed=0, progress=False
 ) -> pd.DataFrame:
