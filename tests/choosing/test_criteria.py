@@ -1,4 +1,6 @@
 """Criteria against independent computations: gradients of single pictures by torch.func, Jacobians by autograd, numpy's SVD."""
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from vitplast.choosing.labelled import collected, in_turns, of_gradients, of_ker
 from vitplast.choosing.matrices import gram, maps_of, matrices_of, squares
 from vitplast.choosing.sample import Sample, draw_sample
 from vitplast.choosing.unlabelled import of_inputs, of_pairs, of_weights
-from vitplast.data import Split, Task
+from vitplast.data import RandomCrops, Split, Task
 from vitplast.models import anatomy, prepare, watching
 from vitplast.theory import first_step
 
@@ -177,6 +179,14 @@ def test_one_call_gives_a_tidy_frame(stripes):
     np.testing.assert_allclose(merged.value_x, merged.value_y)
 
 
+def test_augmented_tasks_are_looked_at_still(stripes):
+    larger = Split(torch.nn.functional.pad(stripes.train.images, (1, 1, 1, 1)), stripes.train.labels)
+    crops = RandomCrops(16, torch.ones(len(larger)))
+    moving = Task("moving", stripes.classes, larger, stripes.validation, stripes.test, 37, crops)
+    assert len(vp.criteria(tiny_vit(), moving, "gradients", images=20)) == 10 * 10
+    assert len(vp.suggest_rates(tiny_vit(), moving, ["FC1"], images=20)) == 1
+
+
 def test_bad_questions_are_answered(stripes):
     model = tiny_vit()
     with pytest.raises(ValueError, match="unknown criterion 'gradiant'.*gradient"):
@@ -186,5 +196,8 @@ def test_bad_questions_are_answered(stripes):
         vp.criteria(model, Task("one", stripes.classes, one, stripes.validation, stripes.test, 37), images=20)
     with pytest.raises(ValueError, match="images=0"):
         vp.criteria(model, stripes, images=0)
+    plain = tiny_vit(norm_layer=partial(torch.nn.LayerNorm, elementwise_affine=False, eps=1e-6))
+    with pytest.raises(ValueError, match="LN1 of block 0 has no parameters"):
+        vp.criteria(plain, stripes, images=20)
     with pytest.raises(TypeError, match="float16"):
         vp.criteria(tiny_vit().half(), stripes, "gradients", images=20)

@@ -36,6 +36,17 @@ def test_a_run_is_the_run_of_the_whole_network(stripes, monkeypatch, what, block
 
 
 @pytest.mark.parametrize("name", [n for n in HEADED if n not in SEQUENCES])
+def test_every_architecture_trains_as_it_does_whole(stripes, monkeypatch, name):
+    model = build(name)
+    model.pretrained_cfg = getattr(model, "pretrained_cfg", None) or {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    for what in ("FC1@-1", "head"):
+        run, slow = vp.finetune(model, stripes, what, CONFIG), whole(monkeypatch, model, stripes, what, CONFIG)
+        assert KEPT[stripes].done["train"].sum() == 48 and KEPT[stripes].done["validation"].all()
+        np.testing.assert_allclose(run.history.loss, slow.history.loss, rtol=1e-7)
+        assert run.test_accuracy == slow.test_accuracy
+
+
+@pytest.mark.parametrize("name", [n for n in HEADED if n not in SEQUENCES])
 def test_every_architecture_goes_on_from_a_block(name):
     model = build(name)
     parts, x = anatomy(model), torch.randn(3, *anatomy(model).image_shape, dtype=torch.float64)
@@ -68,7 +79,7 @@ def test_nothing_is_kept_where_steps_differ(stripes, model):
 
 def test_what_is_drawn_at_random_is_noticed(stripes):
     x = prepare(tiny_vit(), stripes.train.images[:2])
-    for dropping in ({"pos_drop_rate": 0.2}, {"proj_drop_rate": 0.2}, {"attn_drop_rate": 0.5}, {"drop_path_rate": 0.5}):
+    for dropping in ({"pos_drop_rate": 0.2}, {"patch_drop_rate": 0.5}, {"proj_drop_rate": 0.2}, {"attn_drop_rate": 0.5}, {"drop_path_rate": 0.5}):
         model = tiny_vit(depth=3, **dropping)
         state = torch.random.get_rng_state()
         assert not fixed(model, 3, x), dropping
@@ -76,18 +87,72 @@ def test_what_is_drawn_at_random_is_noticed(stripes):
     assert fixed(tiny_vit(depth=3), 3, x)
 
 
-def test_other_weights_are_computed_anew_and_equal_ones_are_not(stripes, monkeypatch):
+def test_tokens_are_used_again_by_the_network_that_made_them(stripes, monkeypatch):
     model, computed = tiny_vit(depth=3, num_classes=3), []
     monkeypatch.setattr(prefix, "before", lambda *a: computed.append(len(a[2])) or before(*a))
-    first = vp.finetune(model, stripes, "FC1@2", CONFIG)
-    once = sum(computed)
-    other = vp.finetune(model, stripes, "FC2@2", CONFIG)  # two tries whether it may, and one blank
-    assert sum(computed) - once <= 6
+    vp.finetune(model, stripes, "FC1@2", CONFIG)
+    once = len(computed), sum(computed)
+    vp.finetune(model, stripes, "FC2@2", CONFIG)
+    # whether it may (twice two), the few that tell (eight), one blank; no empty batch
+    assert computed[once[0]:] == [2, 2, 8, 1] and once[1] == 4 + 8 + 1 + 48 + 21 and 0 not in computed
+
+
+def scaled_weights(model):
     with torch.no_grad():
-        model.blocks[0].mlp.fc1.weight.mul_(2)
-    changed, slow = vp.finetune(model, stripes, "FC1@2", CONFIG), whole(monkeypatch, model, stripes, "FC1@2", CONFIG)
-    np.testing.assert_allclose(changed.history.loss, slow.history.loss, rtol=1e-9)
-    assert (changed.history.loss != first.history.loss).any() and len(other.history) == len(first.history)
+        model.blocks[0].mlp.fc1.weight.mul_(1.001)
+
+
+def other_activation(model):
+    model.blocks[0].mlp.act = torch.nn.ReLU()
+
+
+def other_heads(model):
+    model.blocks[1].attn.num_heads, model.blocks[1].attn.head_dim = 2, 6
+
+
+def other_normalisation(model):
+    model.pretrained_cfg = {"mean": (0.1,) * 3, "std": (0.25,) * 3}
+
+
+def a_hook(model):
+    model.blocks[0].register_forward_hook(lambda _, args, out: out + 0.5)
+
+
+def other_pictures(_):
+    return 1
+
+
+@pytest.mark.parametrize("change", [scaled_weights, other_activation, other_heads, other_normalisation, a_hook, other_pictures])
+def test_another_network_computes_its_own_tokens(stripes, monkeypatch, change):
+    model = tiny_vit(depth=3, num_classes=3)
+    first = vp.finetune(model, stripes, "FC1@2", CONFIG)
+    if change(model):
+        stripes.train.images.copy_(255 - stripes.train.images)
+    again, slow = vp.finetune(model, stripes, "FC1@2", CONFIG), whole(monkeypatch, model, stripes, "FC1@2", CONFIG)
+    np.testing.assert_allclose(again.history.loss, slow.history.loss, rtol=1e-9)
+    assert (again.history.loss != first.history.loss).any()
+
+
+def test_another_precision_computes_its_own_tokens(stripes):
+    model = tiny_vit(depth=3, num_classes=3).float()
+    vp.finetune(model, stripes, "FC1@2", CONFIG)
+    assert KEPT[stripes].sample.dtype == torch.float32
+    vp.finetune(model.double(), stripes, "FC1@2", CONFIG)
+    assert KEPT[stripes].sample.dtype == torch.float64
+
+
+def test_a_disk_without_room_keeps_nothing(stripes, monkeypatch):
+    model = tiny_vit(depth=3, num_classes=3)
+    expected = vp.finetune(model, stripes, "FC1@2", CONFIG).history.loss
+    KEPT.clear()
+    monkeypatch.setattr(prefix, "LARGEST", 0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    np.testing.assert_allclose(vp.finetune(model, stripes, "FC1@2", CONFIG).history.loss, expected, rtol=1e-9)
+    assert stripes not in KEPT
 
 
 def test_large_ones_lie_on_disk(stripes, monkeypatch):

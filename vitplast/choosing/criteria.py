@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'CRITERIA', 'NOT_OF_NORMS', 'Family', 'asked_for', 'seconds_of_a_pass', 'criteria']
 
-# %% ../../nbs/choosing/criteria.ipynb #276dfaaa
+# %% ../../nbs/choosing/criteria.ipynb #e0f8aab0
 from time import perf_counter
 from typing import Callable, NamedTuple
 
@@ -20,7 +20,7 @@ from ..data import task_for
 from ..files import check_name
 from ..models import unwrapped
 
-# %% ../../nbs/choosing/criteria.ipynb #e2755fac
+# %% ../../nbs/choosing/criteria.ipynb #b99f233d
 class Family(NamedTuple):
     "A function of a sample, the criteria that it gives, and whether it sees labels."
 
@@ -86,7 +86,7 @@ FAMILIES = {
 CRITERIA = tuple(name for f in FAMILIES.values() for name in f.criteria)
 NOT_OF_NORMS = ("spectrum", "low nfn", "eva")  # NaN there: a norm has no matrix
 
-# %% ../../nbs/choosing/criteria.ipynb #e8753e19
+# %% ../../nbs/choosing/criteria.ipynb #acf06e49
 def asked_for(which) -> list:
     "Criteria by name, or by the name of their family; all for None."
     if which is None:
@@ -101,7 +101,7 @@ def asked_for(which) -> list:
 def seconds_of_a_pass(sample) -> float:
     "The time of one forward pass of all pictures of a sample, without gradients."
     with torch.no_grad():
-        sample.parts.logits(sample.images[:1])
+        sample.parts.logits(sample.images[:1]).cpu()  # warms up
         started = perf_counter()
         for images, _ in sample.batches():
             sample.parts.logits(images)
@@ -109,7 +109,7 @@ def seconds_of_a_pass(sample) -> float:
         torch.cuda.synchronize()
     return perf_counter() - started
 
-# %% ../../nbs/choosing/criteria.ipynb #2541af09
+# %% ../../nbs/choosing/criteria.ipynb #cf991335
 def criteria(
     model, task, which=None, images=128, source=None, seed=0, progress=False
 ) -> pd.DataFrame:

@@ -6,7 +6,7 @@
 __all__ = ['LARGEST', 'passes_back', 'by_component', 'rows_of', 'of_gradients', 'gathered', 'of_steps', 'leave_one_out',
            'collected', 'in_turns', 'of_kernels']
 
-# %% ../../nbs/choosing/labelled.ipynb #d46da890
+# %% ../../nbs/choosing/labelled.ipynb #81dc2387
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, one_hot
@@ -16,9 +16,9 @@ from .sample import Sample
 from ..models import evaluating, watching
 from ..theory import first_step
 from ..theory.gradients import requiring_all
-from ..training import head_inputs
+from ..training.probe import head_inputs, head_of
 
-# %% ../../nbs/choosing/labelled.ipynb #9f823605
+# %% ../../nbs/choosing/labelled.ipynb #52205846
 def passes_back(sample: Sample):
     """Of every batch: tokens that enter the components, signals at their outputs
     and gradients of their parameters, for its mean cross-entropy.
@@ -106,7 +106,7 @@ def gathered(components, sums, fisher, n) -> dict:
         )
     return {name: np.array([r[name] for r in rows]) for name in rows[0]}
 
-# %% ../../nbs/choosing/labelled.ipynb #dc6d56ea
+# %% ../../nbs/choosing/labelled.ipynb #0c187ce2
 def of_steps(sample: Sample) -> dict:
     "Criteria from one first step of every component."
     found = first_step(sample.model, sample.images, sample.labels).frame()
@@ -117,7 +117,7 @@ def of_steps(sample: Sample) -> dict:
         for what in ("gain", "rate")
     }
 
-# %% ../../nbs/choosing/labelled.ipynb #9bef4055
+# %% ../../nbs/choosing/labelled.ipynb #5025038d
 def leave_one_out(K, targets, ridge=0.01) -> tuple:
     """Accuracy and mean squared error of kernel ridge regression, each picture
     told from all others; ridge: a share of the mean of the diagonal.
@@ -128,7 +128,7 @@ def leave_one_out(K, targets, ridge=0.01) -> tuple:
     right = (targets - missed).argmax(1) == targets.argmax(1)
     return right.double().mean().item(), missed.square().sum(1).mean().item()
 
-# %% ../../nbs/choosing/labelled.ipynb #ce6a4f06
+# %% ../../nbs/choosing/labelled.ipynb #31b2969e
 LARGEST = 2**31  # bytes of inputs and signals that are kept at once
 
 
@@ -184,11 +184,11 @@ def in_turns(sample: Sample, directions) -> list:
         room -= bytes_of[i]
     return groups
 
-# %% ../../nbs/choosing/labelled.ipynb #a64b9481
+# %% ../../nbs/choosing/labelled.ipynb #8f74532d
 def of_kernels(sample: Sample, probes=4, seed=0) -> dict:
     "Criteria from the tangent kernel of every component."
     components = sample.parts.components
-    (weight,) = (p for p in sample.parts.head().values() if p.ndim == 2)
+    weight = head_of(sample.model).weight
     g = torch.Generator().manual_seed(seed)
     signs = 2 * torch.randint(0, 2, (probes, len(weight)), generator=g) - 1
     targets = one_hot(sample.labels, len(weight)).double()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAD', 'few', 'with_head', 'training_pictures', 'Sample', 'draw_sample']
 
-# %% ../../nbs/choosing/sample.ipynb #d9aff7c4
+# %% ../../nbs/choosing/sample.ipynb #8275ff3b
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,10 +16,11 @@ from torch import nn
 from ..data import FORMULA, Split, Task, named_images
 from ..files import check_count
 from ..models import anatomy, prepare
+from ..models.selection import check_bare
 from ..theory.gradients import check_labelled
 from ..training import FinetuneConfig, finetune
 
-# %% ../../nbs/choosing/sample.ipynb #13733bd1
+# %% ../../nbs/choosing/sample.ipynb #6258f12a
 HEAD = FinetuneConfig(lr=0.1, steps=60, eval_every=60)
 
 
@@ -30,17 +31,19 @@ def few(split: Split, n) -> Split:
 
 def with_head(model, task: Task, seed=0, progress=False) -> nn.Module:
     "A copy of a model whose head was trained alone for 60 steps."
-    small = replace(task, validation=few(task.train, 1), test=few(task.train, 1))
+    small = replace(
+        task, validation=few(task.validation, 1), test=few(task.test, 1)
+    )
     return finetune(model, small, "head", replace(HEAD, seed=seed), progress).model
 
 
 def training_pictures(task: Task, images, seed=0) -> Split:
-    "So many training pictures and their labels, drawn by a seed."
+    "So many training pictures (at most all) and their labels, drawn by a seed."
     check_count("images", images)
     rows = np.random.default_rng(seed).permutation(len(task.train))[:images]
     return Split(task.still(rows), task.train.labels[rows])
 
-# %% ../../nbs/choosing/sample.ipynb #ef99d553
+# %% ../../nbs/choosing/sample.ipynb #e782b881
 class Sample(NamedTuple):
     "A network with a trained head, and pictures prepared for it."
 
@@ -73,8 +76,16 @@ def draw_sample(
 
     source: where old pictures come from, as `measure` takes it; None for formulas
     with the shipped models, and for the task's own pictures otherwise. ValueError where all
-    pictures are of one class, TypeError for half precision.
+    pictures are of one class, and for components with adapters or without
+    parameters; TypeError for half precision.
     """
+    for c in anatomy(model).components:
+        check_bare(c)
+        if not c.parameters:
+            raise ValueError(
+                f"{c.kind} of block {c.block} has no parameters: expected a network"
+                " in which every component can be trained"
+            )
     chosen = training_pictures(task, images, seed)
     if len(chosen.labels.unique()) < 2:
         raise ValueError(

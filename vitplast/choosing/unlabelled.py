@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['spectrum', 'mean_over', 'of_weights', 'Inputs', 'of_inputs', 'of_pairs']
 
-# %% ../../nbs/choosing/unlabelled.ipynb #a22f4dd4
+# %% ../../nbs/choosing/unlabelled.ipynb #1842e8e5
 import numpy as np
 import torch
 
-from .matrices import maps_of, matrices_of, normalised
+from .matrices import maps_of, matrices_of
 from .sample import Sample
 from ..models import Norm, normal_form, watching
 from ..theory import bounds, plasticity
+from ..theory.fast import normalise
 
-# %% ../../nbs/choosing/unlabelled.ipynb #4a572c03
+# %% ../../nbs/choosing/unlabelled.ipynb #fcb81985
 def spectrum(W) -> float:
     "Singular values above the random edge over those below, over the largest."
     s = torch.linalg.svdvals(W.detach().double())
@@ -42,7 +43,7 @@ def of_weights(sample: Sample) -> dict:
         "spectrum": np.array(spectra),
     }
 
-# %% ../../nbs/choosing/unlabelled.ipynb #3bb800ea
+# %% ../../nbs/choosing/unlabelled.ipynb #77c37799
 class Inputs:
     "Sums over the inputs of one matrix."
 
@@ -50,7 +51,7 @@ class Inputs:
         self.n, self.gain, self.size, self.sum, self.square = 0, 0.0, 0.0, 0.0, 0.0
 
     def add(self, W, z):
-        "Inputs (N, n, d) of a matrix (m, d); tokens of length 0 count for nothing."
+        "Inputs (N, n, d) of a matrix (m, d); tokens of length 0 have gain 0."
         z = z.detach().flatten(0, 1)
         length = z.norm(dim=1)
         ratio = (z @ W.T).norm(dim=1) / length * z.shape[1] ** 0.5 / W.norm()
@@ -74,7 +75,7 @@ def of_inputs(sample: Sample) -> dict:
     def see(i, component, entering, _):
         w = component.weights()
         if isinstance(w, Norm):
-            unit = normalised(w, entering).abs().mean((0, 1))
+            unit = normalise(entering, w.eps, w.centred).abs().mean((0, 1))
             share = len(entering) / len(sample.images)
             sizes[i] = sizes.get(i, 0.0) + (w.gamma.abs() * unit).sum() * share
         for k, m in enumerate(maps_of(component, entering)):
@@ -100,7 +101,7 @@ def of_inputs(sample: Sample) -> dict:
     names = ("low nfn", "fps", "eva")
     return dict(zip(names, np.array(rows).T))
 
-# %% ../../nbs/choosing/unlabelled.ipynb #eb51f0dd
+# %% ../../nbs/choosing/unlabelled.ipynb #e6b49ca7
 def of_pairs(sample: Sample) -> dict:
     "Plasticity in all of its forms, between old and new pictures."
     model, (x, y) = sample.model, (sample.old, sample.images)

@@ -57,7 +57,7 @@ def linear_probe(model, task: Task, split="test") -> float:
 # %% ../../nbs/training/probe.ipynb #7fc1002c
 def head_of(model) -> nn.Module:
     "The linear layer that gives out the logits."
-    name = next(n for n, p in anatomy(model).head().items() if p.ndim == 2)
+    *_, name = (n for n, p in anatomy(model).head().items() if p.ndim == 2)
     return model.get_submodule(name.rpartition(".")[0])
 
 
