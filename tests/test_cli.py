@@ -86,7 +86,7 @@ def test_a_sweep_with_failures_shows_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("args, message", [
-    (("papre",), "unknown preset or file 'papre'; nearest known: ['paper']"),
+    (("papre",), "unknown preset or file 'papre'; nearest known: ['paper'"),
     (("missing.json",), "missing.json"),
     (("offline-cpu", "--executor", "gpu"), "unknown executor 'gpu'"),
     (("offline-cpu", "--selection", "train"), "'train'"),

@@ -13,10 +13,10 @@ import vitplast as vp
 from vitplast.choosing.criteria import CRITERIA, FAMILIES, NOT_OF_NORMS
 from vitplast.choosing.labelled import collected, in_turns, of_gradients, of_kernels, of_steps
 from vitplast.choosing.matrices import gram, maps_of, matrices_of, squares
-from vitplast.choosing.sample import Sample, draw_sample
+from vitplast.choosing.sample import Sample
 from vitplast.choosing.unlabelled import of_inputs, of_pairs, of_weights
 from vitplast.data import RandomCrops, Split, Task
-from vitplast.models import anatomy, prepare, watching
+from vitplast.models import anatomy, watching
 from vitplast.theory import first_step
 
 

@@ -22,7 +22,7 @@ from ..models import unwrapped
 
 # %% ../../nbs/choosing/criteria.ipynb #b99f233d
 class Family(NamedTuple):
-    "A function of a sample, the criteria that it gives, and whether it sees labels."
+    "A function of a sample, its criteria, and whether it sees labels."
 
     compute: Callable
     labelled: bool

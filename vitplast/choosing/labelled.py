@@ -14,9 +14,8 @@ from torch.nn.functional import cross_entropy, one_hot
 from .matrices import gram, squares
 from .sample import Sample
 from ..models import evaluating, watching
-from ..theory import first_step
-from ..theory.gradients import requiring_all
-from ..training.probe import head_inputs, head_of
+from ..theory import first_step, requiring_all
+from ..training import head_inputs, head_of
 
 # %% ../../nbs/choosing/labelled.ipynb #52205846
 def passes_back(sample: Sample):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..models import Attention, Linear, Norm
-from ..theory.fast import attended, normalise
+from ..theory import attended, normalise
 
 # %% ../../nbs/choosing/matrices.ipynb #47e3e2dc
 class Map(NamedTuple):

@@ -55,8 +55,8 @@ def suggest_rates(
     for (optimizer, momentum, clip, clip_head); its own rate is not read. images:
     training pictures that are looked at. Returns a frame: selection, lr, and
     step_rate and gain (nats), those of the best first step. Costs 60 steps of the
-    head alone, and a few dozen forward passes of the pictures. Raises what `finetune`
-    raises. Source: Theorem 45 of the book.
+    head alone, and a few dozen forward passes of the pictures. Raises what
+    `finetune` raises. Source: Theorem 45 of the book.
     """
     model, config = unwrapped(model), FinetuneConfig.of(config)
     task = task_for(model, task)

@@ -15,9 +15,8 @@ from torch import nn
 
 from ..data import FORMULA, Split, Task, named_images
 from ..files import check_count
-from ..models import anatomy, prepare
-from ..models.selection import check_bare
-from ..theory.gradients import check_labelled
+from ..models import anatomy, check_bare, prepare
+from ..theory import check_labelled
 from ..training import FinetuneConfig, finetune
 
 # %% ../../nbs/choosing/sample.ipynb #6258f12a
@@ -75,9 +74,9 @@ def draw_sample(
     """The network with a head, and so many training pictures of a task.
 
     source: where old pictures come from, as `measure` takes it; None for formulas
-    with the shipped models, and for the task's own pictures otherwise. ValueError where all
-    pictures are of one class, and for components with adapters or without
-    parameters; TypeError for half precision.
+    with the shipped models, and for the task's own pictures otherwise. ValueError
+    where all pictures are of one class, and for components with adapters or
+    without parameters; TypeError for half precision.
     """
     for c in anatomy(model).components:
         check_bare(c)

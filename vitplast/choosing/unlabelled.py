@@ -12,8 +12,7 @@ import torch
 from .matrices import maps_of, matrices_of
 from .sample import Sample
 from ..models import Norm, normal_form, watching
-from ..theory import bounds, plasticity
-from ..theory.fast import normalise
+from ..theory import bounds, normalise, plasticity
 
 # %% ../../nbs/choosing/unlabelled.ipynb #fcb81985
 def spectrum(W) -> float:

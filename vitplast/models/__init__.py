@@ -13,7 +13,7 @@ __all__ = door(
         "Anatomy Component INPUTS KINDS anatomy components first fit forward_mode "
         "unwrapped visit visit_tokens watching"
     ),
-    selection="CHOICES Selection block_prefix chosen_places needs_model read_selection",
+    selection="CHOICES Selection block_prefix check_bare chosen_places needs_model read_selection",
     rescaling="MOVES SCALINGS normal_form rescale",
     focus="FOCUS SHA256 check_focus_size",
     checkpoints="EXTENSION FILES convert model_source on_hub",

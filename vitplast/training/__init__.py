@@ -11,7 +11,7 @@ __all__ = door(
     recipe="FinetuneConfig image_order precision warmup_cosine",
     finetune="Run TRAINING_VERSION decided finetune new_head",
     batched="finetune_many group_key memory_per_run runs_that_fit",
-    probe="PROBE_VERSION fit_head head_inputs linear_probe",
+    probe="PROBE_VERSION fit_head head_inputs head_of linear_probe",
     pretrain="PretrainConfig SIZES hardware pretrain publish",
     landscape="LANDSCAPE_VERSION loss_surface rate_surface",
 )
