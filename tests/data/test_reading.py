@@ -319,7 +319,7 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
     def no_room(fd, start, size):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(reading.os, "posix_fallocate", no_room)
+    monkeypatch.setattr("os.posix_fallocate", no_room)
     with pytest.raises(OSError, match="No space left"):
         reading.new_array(tmp_path / "x.npy", 4, 8)
 

@@ -67,7 +67,7 @@ class Sample(NamedTuple):
             )
         )
 
-
+# %% ../../nbs/choosing/sample.ipynb #205bb48a
 def draw_sample(
     model, task: Task, images=128, source=None, seed=0, progress=False
 ) -> Sample:

@@ -65,7 +65,7 @@ class Inputs:
         found = torch.linalg.eigvalsh(covariance.double()).clamp(min=0)
         return (found[-directions:].sum() / found.sum()).item()
 
-
+# %% ../../nbs/choosing/unlabelled.ipynb #4124dea2
 @torch.no_grad()
 def of_inputs(sample: Sample) -> dict:
     "Criteria from one forward pass, about matrices and what they are given."

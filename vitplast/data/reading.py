@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .formula import uniform
-from ..files import key
+from ..files import key, reserve
 
 # %% ../../nbs/data/reading.ipynb #91a424ae
 SPLITS = ("train", "validation", "test")
@@ -253,10 +253,7 @@ def new_array(path, n, size) -> np.ndarray:
     disk has no room for it.
     """
     array = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, size, size))
-    # a full disk would otherwise be noticed while writing, and kill the process
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    reserve(path, os.path.getsize(path))
     return array
 
 # %% ../../nbs/data/reading.ipynb #7008c9ff
