@@ -7,8 +7,8 @@ a block; and for the next ones, which find it there, as those of a grid do. One 
 The accuracies must be the same.
 """
 import argparse
-import sys
 import time
+from importlib import import_module
 
 import torch
 
@@ -19,7 +19,7 @@ from vitplast.training.prefix import KEPT
 
 def timed(model, task, what, config, reuse) -> tuple:
     "Seconds of a run, and its accuracy."
-    module = sys.modules["vitplast.training.finetune"]
+    module = import_module("vitplast.training.finetune")
     own = module.reused
     module.reused = own if reuse else lambda *_: None
     try:

@@ -1,6 +1,6 @@
 """What to finetune, and at which rate.
 
-`criteria` gives every component of every block the numbers that have been proposed to rank them, `suggest_rates` gives
+`criteria` gives every component of every block 31 numbers that could rank them, `suggest_rates` gives
 every selection a learning rate without a grid."""
 
 from vitplast._door import door
