@@ -12,7 +12,7 @@ __all__ = door(
     linear="linear_bound",
     bounds="KINDS_OF_BOUND bounds",
     lipschitz="in_double lipschitz power_iteration norm_of",
-    gradients="check_labelled gradient_bounds requiring_all",
+    gradients="backward check_labelled gradient_bounds requiring_all",
     steps="FirstStep first_step",
     fast="attended make_plan normalise",
 )
