@@ -8,5 +8,9 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     criteria="CRITERIA FAMILIES criteria",
+    judging=(
+        "chance correlation gains kinds_of partial_correlation regrets resampled scores"
+    ),
+    budget="budgeted greedy place_sizes",
     rates="step_with_head suggest_rates",
 )

@@ -76,8 +76,10 @@ class Sweep:
         for arm in self.arms:
             self.extend(arm)
 
-    def add(self, runs):
-        "Look runs up in the store; what it does not hold waits."
+    def add(self, runs, next_up=False):
+        """Look runs up in the store; what it does not hold waits, behind the others
+        or before them.
+        """
         for run in runs:
             self.names[run] = run.identity()
             if record := self.store.get(self.names[run]):
@@ -85,9 +87,10 @@ class Sweep:
             if self.arms and (arm := run.arm()) in self.arms:
                 self.arm_of[run] = arm
                 self.arms[arm].append(run)
-        self.waiting += as_units(
-            [run for run in runs if run not in self.found], self.together
-        )
+        missing = [run for run in runs if run not in self.found]
+        units = as_units(missing, self.together)
+        place = 0 if next_up else len(self.waiting)
+        self.waiting[place:place] = units
         self.bar.total += len(runs)
         self.bar.refresh()
 
@@ -106,12 +109,12 @@ class Sweep:
             if (rate := further_rate(self.given[arm], tried, best)) is None:
                 return
             seeds = dict.fromkeys(run.config.seed for run in runs)
-            self.add(
-                [
-                    replace(arm, config=replace(arm.config, lr=rate, seed=s))
-                    for s in seeds
-                ]
-            )
+            more = [
+                replace(arm, config=replace(arm.config, lr=rate, seed=s))
+                for s in seeds
+            ]
+            # at once: a sweep that is stopped early has whole arms
+            self.add(more, next_up=True)
 
     def asked(self) -> list:
         "All runs in their order, those of further rates behind the others."
