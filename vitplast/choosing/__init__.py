@@ -9,7 +9,8 @@ __all__ = door(
     __name__,
     criteria="CRITERIA FAMILIES criteria",
     judging=(
-        "chance correlation gains kinds_of partial_correlation regrets resampled scores"
+        "chance correlation gains kinds_of partial_correlation regrets resampled scores "
+        "stored_criteria"
     ),
     budget="budgeted greedy place_sizes",
     rates="step_with_head suggest_rates",

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'JOINT', 'REAL_CPU', 'REAL_TWICE',
            'TWINS', 'EIGHT', 'BARE', 'WIDE', 'CLIPPED', 'DECADES', 'REAL_BARE', 'REAL_WIDE', 'REAL_JOINT', 'REAL_TWIN',
-           'REAL_DECADES', 'SMALL_LRS', 'REAL_PLACES', 'PRESETS', 'several', 'all_runs', 'with_weights', 'read_grids',
-           'published', 'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places']
+           'REAL_DECADES', 'SMALL_LRS', 'LOUD', 'REAL_TASKS', 'REAL_PLACES', 'PRESETS', 'several', 'all_runs',
+           'with_weights', 'read_grids', 'published', 'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled',
+           'real_bare', 'places', 'real_places']
 
 # %% ../../nbs/runs/presets.ipynb #0b51a301
 import json
@@ -200,7 +201,15 @@ def places(depth) -> tuple:
 
 
 SMALL_LRS = (0.03, 0.1, 0.3)
+LOUD = ("clipart", "sketch", "glyphs", "digits_c/contrast@5", "digits_c/snow@5")
+REAL_TASKS = (*REAL_TWICE, "glyphs", "breeds")
 REAL_PLACES = replace(REAL_CPU, steps=100, eval_every=50)
+
+
+def real_places(tasks, seed, selections=places(12), lrs=SMALL_LRS) -> Grid:
+    "Parts of the real network, in short runs."
+    grid = real(tasks, (seed,), selections=selections, lrs=lrs)
+    return replace(grid, config=REAL_PLACES)
 
 # %% ../../nbs/runs/presets.ipynb #727f7f87
 PRESETS = {
@@ -320,21 +329,20 @@ PRESETS = {
     ),
     "places-cpu": tuple(
         Grid(
-            SUITES["offline"],
+            tasks,
             selections=places(6),
             lrs=SMALL_LRS,
             seeds=(seed,),
             config=CPU,
             extend=True,
         )
-        for seed in (0, 1)
+        for seed, tasks in enumerate((SUITES["offline"], LOUD))
     ),
-    "places-real-cpu": tuple(
-        replace(
-            real((task,), (0,), selections=places(12), lrs=SMALL_LRS),
-            config=REAL_PLACES,
-        )
-        for task in REAL_TWICE[:2]
+    "places-real-cpu": (
+        real_places(REAL_TASKS, 0),
+        real_places(REAL_TASKS, 0, (*KINDS, "all"), (0.01, *SMALL_LRS)),
+        real_places(REAL_TASKS, 0, ("LN1+LN2",)),
+        real_places(REAL_TASKS[:-1], 1),
     ),
     "adamw-cpu": (
         Grid(
