@@ -9,8 +9,8 @@ __all__ = door(
     __name__,
     criteria="CRITERIA FAMILIES criteria",
     judging=(
-        "chance correlation gains kinds_of partial_correlation regrets resampled scores "
-        "stored_criteria"
+        "chance correlation gains kinds_of lost_by partial_correlation regrets resampled "
+        "score_table scores short_runs stored_criteria together"
     ),
     budget="budgeted greedy place_sizes",
     rates="step_with_head suggest_rates",

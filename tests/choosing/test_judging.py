@@ -1,0 +1,150 @@
+"""How criteria are judged, against enumeration, residuals and numpy; what a budget buys, against its definition."""
+from itertools import combinations, permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import tiny_vit
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitplast.choosing import budgeted, chance, correlation, gains, greedy, kinds_of, lost_by, partial_correlation, place_sizes, regrets, score_table, scores, short_runs, together
+from vitplast.models import KINDS, Selection, anatomy
+
+PLACES = [f"{kind}@{block}" for block in range(3) for kind in KINDS]
+
+
+def random_places(seed, n=None):
+    "A number for every place."
+    values = np.random.default_rng(seed).normal(size=len(PLACES))
+    return pd.Series(values, PLACES)[: n or len(PLACES)]
+
+
+def ranks(v):
+    "Ranks of numbers without ties."
+    return np.argsort(np.argsort(np.asarray(v))).astype(float)
+
+
+def test_correlation_is_pearsons_of_ranks_where_there_are_numbers():
+    v, g = random_places(0), random_places(1)
+    assert correlation(v, g) == pytest.approx(np.corrcoef(ranks(v), ranks(g))[0, 1])
+    some = v.where(kinds_of(PLACES).ne("LN1"))
+    kept = some.dropna().index
+    assert correlation(some, g) == pytest.approx(np.corrcoef(ranks(v[kept]), ranks(g[kept]))[0, 1])
+    assert correlation(v * 0, g) == 0 and np.isnan(correlation(v[:2], g))
+
+
+def test_regrets_are_means_over_all_ways_to_break_ties():
+    v, g = pd.Series([2.0, 2, 1, 1, 0], PLACES[:5]), random_places(2, 5)
+    orders = [a + b + (4,) for a in permutations((0, 1)) for b in permutations((2, 3))]
+    exact = np.mean([(g.max() - g.iloc[o[0]], g.max() - g.iloc[list(o[:3])].max()) for o in orders], 0)
+    np.testing.assert_allclose(regrets(v, g, 4000), exact, atol=0.04)
+    first, three = regrets(random_places(3), random_places(4))
+    best = random_places(3).sort_values(ascending=False).index
+    assert first == random_places(4).max() - random_places(4)[best[0]]
+    assert three == random_places(4).max() - random_places(4)[best[:3]].max()
+
+
+def test_a_place_that_is_not_ranked_is_never_chosen():
+    g = pd.Series([9.0, 1, 2, 3], ["LN1@0", "MHA@0", "FC1@0", "FC2@0"])
+    v = pd.Series([np.nan, 3, 2, 1], g.index)
+    assert regrets(v, g) == (8.0, 6.0)
+
+
+def test_chance_is_the_mean_over_all_choices():
+    g = random_places(5, 9)
+    found = chance(g)
+    assert found["first"] == pytest.approx(np.mean([g.max() - x for x in g]))
+    exact = np.mean([g.max() - max(three) for three in combinations(g, 3)])
+    assert found["best of three"] == pytest.approx(exact)
+
+
+def test_partial_correlation_is_that_of_residuals():
+    a, b, c = (random_places(i) for i in (6, 7, 8))
+    X = np.column_stack([np.ones(len(a)), ranks(c)])
+    left = [ranks(v) - X @ np.linalg.lstsq(X, ranks(v), rcond=None)[0] for v in (a, b)]
+    assert partial_correlation(a, b, c) == pytest.approx(np.corrcoef(*left)[0, 1])
+
+
+def test_scores_of_an_oracle_and_of_its_opposite():
+    g = random_places(9)
+    oracle = scores(g, g)
+    assert oracle["first"] == oracle["best of three"] == 0
+    assert oracle["all"] == oracle["matrices"] == oracle["within kinds"] == pytest.approx(1)
+    assert scores(-g, g)["first"] == pytest.approx(np.ptp(g))
+    table = score_table({"t": pd.DataFrame({"a": g, "b": -g})}, g.to_frame("t"))
+    assert table.loc[("a", "t"), "all"] == pytest.approx(1) and table.loc[("b", "t"), "all"] == pytest.approx(-1)
+
+
+def test_together_ranks_what_is_missing_last():
+    values = pd.DataFrame({"a": [1.0, 2, np.nan], "b": [3.0, 1, 2]}, PLACES[:3])
+    assert together(values, ["a", "b"]).tolist() == [2.5, 2, 1.5]
+    g = pd.Series([1.0, 5, 2], PLACES[:3]).to_frame("t")
+    lost = lost_by({"t": values}, g, [("a",), ("a", "b")])
+    assert lost.loc["t"].to_dict() == {"a": 0, "a + b": 4}
+
+
+def frame_of(rows):
+    "A frame of runs: (task, component, rate, validation, test)."
+    names = ["task", "component", "lr", "validation_accuracy", "test_accuracy"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def test_gains_pick_by_validation_and_start_at_the_head():
+    runs = frame_of([
+        ("t", "head", 0.1, 0.5, 0.40), ("t", "head", 1.0, 0.6, 0.30),
+        ("t", "MHA@0", 0.1, 0.7, 0.50), ("t", "MHA@0", 1.0, 0.6, 0.90),
+        ("t", "LN1@0", 0.1, 0.2, 0.20),
+    ])
+    assert gains(runs)["t"].round(9).to_dict() == {"MHA@0": 20, "LN1@0": -10}
+    assert gains(runs, of="validation_accuracy")["t"].round(9).to_dict() == {"MHA@0": 10, "LN1@0": -40}
+    with pytest.raises(ValueError, match="'head'"):
+        gains(runs[runs.component != "head"])
+
+
+def test_short_runs_take_the_lowest_loss_over_rates_at_a_step():
+    curves = pd.DataFrame({"task": "t", "component": ["a", "a", "a", "b"], "lr": [0.1, 1.0, 9.0, 0.1], "step": [10, 10, 10, 10], "loss": [3.0, 2.0, 0.0, 4.0]})
+    assert short_runs(curves, 10, (0.1, 1.0))["t"].to_dict() == {"a": -2, "b": -4}
+    with pytest.raises(ValueError, match=r"step=11: expected the end of an interval, \[10\]"):
+        short_runs(curves, 11, (0.1,))
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.integers(1, 50)), min_size=1, max_size=15), st.integers(1, 120))
+def test_greedy_takes_in_order_whatever_fits(rows, budget):
+    values = pd.Series([v for v, _ in rows], PLACES[: len(rows)])
+    sizes = pd.Series([n for _, n in rows], values.index)
+    if sizes.min() > budget:
+        with pytest.raises(ValueError, match="nothing fits"):
+            greedy(values, sizes, budget)
+        return
+    found, spent = greedy(values, sizes, budget), 0
+    order = sorted(values.index, key=lambda p: (-values[p], PLACES.index(p)))
+    for place in order:  # each one is in exactly if it fitted when its turn came
+        fits = spent + sizes[place] <= budget
+        assert (place in found) == fits
+        spent += sizes[place] * fits
+    assert spent <= budget and found == [p for p in order if p in found]
+
+
+def test_budgets_of_a_model():
+    model = tiny_vit(num_classes=3)
+    sizes = place_sizes(model)
+    own = {f"{c.kind}@{c.block}": sum(p.numel() for p in c.parameters.values()) for c in anatomy(model).components}
+    assert sizes.to_dict() == own
+    inner = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("head."))
+    values = pd.Series(range(len(sizes)), sizes.index, dtype=float)
+    for share in (0.05, 0.3, 1.0):
+        atoms = Selection.of(budgeted(model, values, share), model).atoms
+        assert sum(sizes[f"{kind}@{block}"] for block, kind in atoms) <= share * inner
+    assert set(Selection.of(budgeted(model, values, 1.0), model).atoms) == {(int(p[-1]), p[:-2]) for p in sizes.index}
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan")])
+def test_shares_that_are_none(share):
+    with pytest.raises(ValueError, match="expected a share"):
+        budgeted(tiny_vit(), pd.Series(dtype=float), share)
+
+
+def test_a_place_without_a_size():
+    with pytest.raises(ValueError, match="none of MHA@0"):
+        greedy(pd.Series({"MHA@0": 1.0}), pd.Series({"LN1@0": 3}), 5)

@@ -1,0 +1,33 @@
+"""Maps of a network: every number stands in its square, and what is missing is left out."""
+import numpy as np
+import pandas as pd
+
+from vitplast.models import KINDS
+from vitplast.showing import as_map, place_maps
+
+
+def test_every_number_is_in_its_square():
+    values = pd.Series({f"{kind}@{block}": 10.0 * block + i for block in range(3) for i, kind in enumerate(KINDS) if kind != "LN2"})
+    field = as_map(values)
+    assert field.shape == (3, 5) and np.isnan(field[:, KINDS.index("LN2")]).all()
+    for place, value in values.items():
+        kind, _, block = place.partition("@")
+        assert field[int(block), KINDS.index(kind)] == value
+    figure = place_maps({"a": values, "b": values / 10}, {"b": 1})
+    for ax, digits, scale in zip(figure.axes, (0, 1), (1, 10)):
+        written = {(int(t.get_position()[1]), int(t.get_position()[0])): t.get_text() for t in ax.texts}
+        assert len(written) == 12 and all(written[i, j] == f"{field[i, j] / scale:.{digits}f}" for i, j in written)
+        assert [t.get_text() for t in ax.get_xticklabels()] == list(KINDS)
+
+
+def test_one_map_with_one_number_alone():
+    figure = place_maps({"flat": pd.Series({"MHA@0": 1.0, "FC1@0": 1.0})})
+    assert [t.get_text() for t in figure.axes[0].texts] == ["1", "1"]
+
+
+def test_the_first_of_an_order_is_bright():
+    order = pd.Series({"MHA@0": 1.0, "FC1@0": 2.0, "FC2@0": 3.0})
+    up, down = place_maps({"number": order, "order": order}, orders=["order"]).axes
+    one, other = (ax.images[0].get_array()[0] for ax in (up, down))
+    assert one[1] < one[4] and other[1] > other[4]
+    assert [t.get_text() for t in up.texts] == [t.get_text() for t in down.texts] == ["1", "2", "3"]
