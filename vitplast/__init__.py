@@ -9,7 +9,7 @@ __all__ = door(
     models="Component components load",
     theory="bounds lipschitz plasticity",
     data="Task task tasks",
-    training="FinetuneConfig Run finetune linear_probe trainable",
+    training="FinetuneConfig Run finetune linear_probe load_run trainable",
     runs="Grid sweep",
     choosing="criteria suggest_rates",
 )

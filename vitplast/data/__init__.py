@@ -8,8 +8,8 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     formula="FormulaConfig FormulaImages",
-    reading="PICTURES_VERSION RandomCrops Split Task decode",
-    folders="find_pictures folder_contents",
+    reading="Files PICTURES_VERSION RandomCrops Split Task decode",
+    folders="below find_pictures folder_contents is_image",
     corruptions="CORRUPTIONS corrupt",
     offline="OFFLINE",
     real="REAL photographs",

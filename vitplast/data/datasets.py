@@ -9,6 +9,7 @@ __all__ = ['NAMES', 'TYPES', 'is_dataset', 'as_picture', 'column_of', 'first_of'
 # %% ../../nbs/data/datasets.ipynb #cda5e5e8
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -246,10 +247,11 @@ def dataset_task(
         "pictures": [PICTURES_VERSION[k] for k in ("read", "folder")],
     }
     how = {"workers": workers, "progress": progress}
-    return cached(
+    made = cached(
         name,
         decides,
         lambda folder: build_folder(
             name, found, size, crop, augment, folder, **how
         ),
     )
+    return replace(made, crop=crop)

@@ -15,6 +15,7 @@ import os
 import time
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
@@ -437,10 +438,11 @@ def folder_task(
     }
     how = {"workers": workers, "skip_corrupt": skip_corrupt, "progress": progress}
     how |= {"max_pixels": max_pixels}
-    return cached(
+    made = cached(
         path.resolve().name,
         decides,
         lambda folder: build_folder(
             path, found, size, crop, augment, folder, **how
         ),
     )
+    return replace(made, crop=crop)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -384,9 +385,10 @@ def published_task(
         "pictures": PICTURES_VERSION["read"],
     }
     how = {"workers": workers, "skip_corrupt": skip_corrupt, "progress": progress}
-    return cached(
+    made = cached(
         name, decides, lambda folder: build(source, size, stored, folder, **how)
     )
+    return made if is_array else replace(made, crop=CENTRE)
 
 # %% ../../nbs/data/published.ipynb #6402bed0
 PUBLISHED_NORMALISATION = {

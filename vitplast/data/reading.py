@@ -80,6 +80,8 @@ class Task:
     test_sources: int
     # what happens to training images on their way into a batch
     augment: "RandomCrops | None" = None
+    # share of the short side of a picture that the centre square keeps
+    crop: float = 1.0
 
     def __post_init__(self):
         for name in SPLITS:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADER', 'SHIPPED', 'ViTConfig', 'positions', 'build', 'save', 'read', 'load_local', 'shipped', 'named_models',
            'card', 'twin_name', 'with_file', 'timm_names', 'check_timm', 'own_weights', 'check_model', 'load_named',
-           'load', 'untrained', 'skeleton', 'prepare']
+           'found', 'load', 'untrained', 'skeleton', 'prepare']
 
 # %% ../../nbs/models/loading.ipynb #5c0a0edf
 import json
@@ -290,24 +290,12 @@ def load_named(source, name, checkpoint, timm_kwargs) -> nn.Module:
             f"{name!r}: {error}; pretrained=False gives random weights"
         ) from None
 
-# %% ../../nbs/models/loading.ipynb #421c6b4f
-def load(name, **timm_kwargs) -> nn.Module:
-    """Load a pretrained Vision Transformer in evaluation mode.
-
-    name: a shipped model ("formula-vit"), "focus-vit-small", one that timm knows,
-    one of timm's with a file of weights
-    ("vit_base_patch16_224@mine.safetensors"), a safetensors file of this package,
-    a repository on the hub ("facebook/dinov2-small") or a folder saved from one;
-    "formula-vit*LN1=8" is the same function with other weights (see rescale).
-    timm_kwargs go to timm.create_model: `pretrained=False` for random weights,
-    `checkpoint_path=...` for a file, `num_classes`; models of transformers take
-    `pretrained` and `num_classes`. Raises ValueError for an unknown name (with
-    the nearest known ones) and for a damaged or foreign file, FileNotFoundError
-    for a missing file and for weights that cannot be fetched.
-    """
+# %% ../../nbs/models/loading.ipynb #8978cd92
+def found(name, timm_kwargs) -> nn.Module:
+    "The model of a name; see `load`."
     network, maps = twin_name(name)
     if maps:
-        return rescale(load(network, **timm_kwargs), **maps)
+        return rescale(found(network, timm_kwargs), **maps)
     if str(name) == FOCUS:
         return load_focus(**timm_kwargs)
     if str(name) in shipped():
@@ -335,6 +323,27 @@ def load(name, **timm_kwargs) -> nn.Module:
     if not source.name and not source.path:
         check_timm("")
     return load_named(source, name, checkpoint, timm_kwargs)
+
+# %% ../../nbs/models/loading.ipynb #421c6b4f
+def load(name, **timm_kwargs) -> nn.Module:
+    """Load a pretrained Vision Transformer in evaluation mode.
+
+    name: a shipped model ("formula-vit"), "focus-vit-small", one that timm knows,
+    one of timm's with a file of weights
+    ("vit_base_patch16_224@mine.safetensors"), a safetensors file of this package,
+    a repository on the hub ("facebook/dinov2-small") or a folder saved from one;
+    "formula-vit*LN1=8" is the same function with other weights (see rescale).
+    timm_kwargs go to timm.create_model: `pretrained=False` for random weights,
+    `checkpoint_path=...` for a file, `num_classes`; models of transformers take
+    `pretrained` and `num_classes`. Raises ValueError for an unknown name (with
+    the nearest known ones) and for a damaged or foreign file, FileNotFoundError
+    for a missing file and for weights that cannot be fetched.
+    """
+    model = found(name, dict(timm_kwargs))
+    base, star, maps = str(name).partition("*")
+    network = base if base in named_models() else str(model_source(base))
+    model.loaded_as = network + star + maps, timm_kwargs
+    return model
 
 # %% ../../nbs/models/loading.ipynb #3db8cc3c
 def untrained(name, size=None) -> nn.Module:

@@ -44,7 +44,12 @@ from vitplast.training.finetune import (
     prepared_head,
     reads,
 )
-from .freezing import in_parts, n_trained, training_mode
+from vitplast.training.freezing import (
+    in_parts,
+    n_trained,
+    training_mode,
+    weight_digests,
+)
 from vitplast.training.recipe import (
     FinetuneConfig,
     check_batch,
@@ -408,6 +413,9 @@ def finetune_many(
             f"this {type(model).__name__} draws random numbers or changes"
             " statistics while it trains: expected runs one by one"
         ) from error
+    heads = anatomy(base).head().keys()
+    names = [n.removeprefix("model.") for n in best]
+    replaced = weight_digests(model, [n for n in names if n not in heads])
     tested = evaluate_runs(whole, best, task.test, bf16=bf16)[1].tolist()
     seconds, runs = (time.monotonic() - started) / len(configs), []
     for r, config in enumerate(configs):
@@ -435,6 +443,10 @@ def finetune_many(
                 seconds=seconds,
                 bf16=bf16,
                 model=own,
+                classes=tuple(task.classes),
+                crop=task.crop,
+                replaced=replaced,
+                tested=task.test,
             )
         )
     return runs

@@ -1,0 +1,77 @@
+"""Train, save, use: the three commands as a person meets them."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_cli import invoke
+
+import vitplast as vp
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    "Two classes of small pictures that differ by their colour."
+    place, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, base in (("blue", (20, 20, 180)), ("red", (180, 20, 20))):
+        (place / name).mkdir()
+        for i in range(20):
+            pixels = np.clip(base + draw.normal(0, 30, (40, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(place / name / f"{i}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def saved(pictures, tmp_path_factory):
+    place = tmp_path_factory.mktemp("saved") / "run"
+    asked = ("finetune", "formula-vit", pictures, "--selection", "LN1@5", "--lr", 0.1, "--steps", 8, "--batch", 8, "--device", "cpu", "--save", place, "--json")
+    done = invoke(*asked)
+    assert done.exit_code == 0, done.output
+    return place, json.loads(done.stdout[done.stdout.index("{"):])
+
+
+def test_what_finetune_says_is_what_it_saved(saved, pictures):
+    place, said = saved
+    run = vp.load_run(place)
+    assert said["selection"] == run.components == "LN1@5" and said["test_accuracy"] == run.test_accuracy
+    assert run.classes == ("blue", "red") and run.config.lr == said["lr"] == 0.1
+    again = vp.finetune(vp.load("formula-vit"), str(pictures), "LN1@5", run.config)
+    assert again.test_accuracy == run.test_accuracy and again.crop == run.crop
+
+
+def test_predictions_are_those_of_python(saved, pictures, tmp_path):
+    place, _ = saved
+    done = invoke("predict", place, pictures, "--out", tmp_path / "a.csv", "--every-class", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    frame, expected = pd.read_csv(tmp_path / "a.csv"), vp.load_run(place).predict(pictures, every_class=True)
+    pd.testing.assert_frame_equal(frame, expected)
+    assert f"{(frame['label'] == frame['class']).mean():.1%} of 40 pictures right" in done.stdout
+    assert invoke("predict", place, pictures, "--out", tmp_path / "a.csv").exit_code == 1  # exists
+    rows = json.loads(invoke("predict", place, pictures / "red", "--json", "--device", "cpu").stdout)
+    assert len(rows) == 20 and set(rows[0]) == {"file", "class", "probability"}
+
+
+def test_a_rate_is_suggested_and_augmented_pictures_train(pictures, tmp_path):
+    asked = ("finetune", "formula-vit", pictures, "--steps", 3, "--batch", 8, "--augment", "--device", "cpu", "--save", tmp_path / "run")
+    done = invoke(*asked)
+    assert done.exit_code == 0 and "suggested" in done.output and "test pictures right" in done.output, done.output
+    assert invoke(*asked).exit_code == 1
+
+
+@pytest.mark.parametrize("args, message", [
+    (("finetune", "formula-vit", "digits_plain", "--augment", "--save", "x"), "no folder of your own"),
+    (("finetune", "formula-vit", "digitz", "--save", "x"), "unknown task 'digitz'"),
+    (("finetune", "formula-vit", "digits_plain", "--selection", "MHZ", "--lr", "0.1", "--save", "x"), "nearest: MHA"),
+    (("predict", "nothing", "."), "no saved run"),
+    (("merge", "nothing", "x"), "no saved run"),
+])
+def test_what_is_refused(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*args)
+    assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output
+
+
+def test_merge_refuses_what_no_library_builds(saved, tmp_path):
+    done = invoke("merge", saved[0], tmp_path / "whole")
+    assert done.exit_code == 1 and "no architecture that timm or transformers build by name" in done.output
