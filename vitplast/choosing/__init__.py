@@ -13,5 +13,8 @@ __all__ = door(
         "score_table scores short_runs stored_criteria together"
     ),
     budget="budgeted greedy place_sizes",
+    export=(
+        "as_regex param_groups peft_config trained_names trainer_code unfrozen_yaml"
+    ),
     rates="step_with_head suggest_rates",
 )
