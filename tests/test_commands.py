@@ -75,3 +75,26 @@ def test_what_is_refused(args, message, tmp_path, monkeypatch):
 def test_merge_refuses_what_no_library_builds(saved, tmp_path):
     done = invoke("merge", saved[0], tmp_path / "whole")
     assert done.exit_code == 1 and "no architecture that timm or transformers build by name" in done.output
+
+
+def test_advice_in_every_form_and_finetuning_by_it(pictures, tmp_path):
+    base = ("advise", "formula-vit", pictures, "--device", "cpu", "--images", 16, "--steps", 8, "--batch", 8, "--budget", 0.1)
+    text = invoke(*base)
+    assert text.exit_code == 0 and "Train " in text.stdout and "Best first" in text.stdout, text.output
+    table = json.loads(invoke(*base, "--json").stdout)["candidates"]
+    selection = table[0]["selection"]
+    assert f"Train {selection} at" in text.stdout
+    names = [line for line in invoke(*base, "--format", "names").stdout.splitlines() if line.startswith("blocks.")]
+    with vp.trainable(vp.load("formula-vit"), selection, head=False) as training:
+        assert names == training.names
+    lora = json.loads(invoke(*base, "--format", "peft", "--rank", 2).stdout)
+    assert lora["r"] == 2 and set(lora["target_modules"]) == {n.rpartition(".")[0] for n in names if "norm" not in n}
+    for form in ("regex", "groups", "trainer", "axolotl"):
+        assert invoke(*base, "--format", form).exit_code == 0
+    assert invoke(*base, "--format", "yaml", "--out", tmp_path / "a.yaml").exit_code == 0
+    done = invoke("finetune", "formula-vit", pictures, "--advice", tmp_path / "a.yaml", "--device", "cpu", "--save", tmp_path / "run", "--json")
+    assert done.exit_code == 0, done.output
+    run = vp.load_run(tmp_path / "run")
+    assert (run.components, run.config.lr, run.config.steps, run.config.batch_size) == (selection, table[0]["lr"], 8, 8)
+    refused = invoke(*base, "--format", "yamll")
+    assert refused.exit_code == 1 and "nearest known: ['yaml'" in refused.output

@@ -11,5 +11,5 @@ __all__ = door(
     data="Task task tasks",
     training="FinetuneConfig Run finetune linear_probe load_run trainable",
     runs="Grid sweep",
-    choosing="criteria suggest_rates",
+    choosing="advise criteria suggest_rates",
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 import typer
 
 from vitplast.commands import (
+    advise,
     chosen_device,
     finetune,
     merge,
@@ -622,7 +623,7 @@ def pretrain(
     typer.echo(json.dumps(card["linear_probe"], indent=1))
 
 # %% ../nbs/cli.ipynb #72c6c077
-for command in (finetune, predict, merge):
+for command in (advise, finetune, predict, merge):
     app.command()(command)
 
 # %% ../nbs/cli.ipynb #af588645

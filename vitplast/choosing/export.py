@@ -6,7 +6,7 @@
 __all__ = ['check_rates', 'trained_names', 'names_by_selection', 'gathered', 'as_regex', 'param_groups', 'lora_targets',
            'peft_config', 'unfrozen_yaml', 'trainer_code']
 
-# %% ../../nbs/choosing/export.ipynb #a4e729d8
+# %% ../../nbs/choosing/export.ipynb #d02f6cbc
 import copy
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..models import Selection, anatomy, chosen_places, unwrapped
 
-# %% ../../nbs/choosing/export.ipynb #20ae15f9
+# %% ../../nbs/choosing/export.ipynb #581bd599
 def check_rates(rates) -> dict:
     """Learning rates by selection; TypeError or ValueError for anything else."""
     if not isinstance(rates, Mapping) or not rates:
@@ -62,7 +62,7 @@ def names_by_selection(model, rates) -> dict:
             owner[name] = selection
     return found
 
-# %% ../../nbs/choosing/export.ipynb #90a0935c
+# %% ../../nbs/choosing/export.ipynb #0d079efe
 def gathered(names) -> list:
     "Patterns for names, those that differ in one number as one: (2|5)."
     groups = {}
@@ -104,7 +104,7 @@ def as_regex(model, names) -> str:
         raise ValueError(f"{sorted(wrong)[0]}: no parameter of this model alone")
     return pattern
 
-# %% ../../nbs/choosing/export.ipynb #4bd58b21
+# %% ../../nbs/choosing/export.ipynb #7864c976
 def param_groups(model, rates, head_lr=None, base_lr=None) -> list:
     """Parameter groups for an optimizer of torch, one per selection; freezes
     everything else.
@@ -131,7 +131,7 @@ def param_groups(model, rates, head_lr=None, base_lr=None) -> list:
             groups.append({"name": selection, "params": params} | rate)
     return groups
 
-# %% ../../nbs/choosing/export.ipynb #191c3e28
+# %% ../../nbs/choosing/export.ipynb #19bf7eaa
 def lora_targets(model, selection) -> tuple:
     """Full names of the linear layers of a selection, and of its modules that are
     none (norms).
@@ -194,7 +194,7 @@ def peft_config(model, selection, r=8, **options):
         raise ValueError(f"{wrong[0]}: peft would adapt another set of layers")
     return config
 
-# %% ../../nbs/choosing/export.ipynb #f062c1bb
+# %% ../../nbs/choosing/export.ipynb #86c60887
 def unfrozen_yaml(model, rates) -> str:
     "The lines `unfrozen_parameters` of an axolotl configuration."
     names = [
@@ -226,7 +226,7 @@ def trainer_code(model, rates, head_lr=None) -> str:
             "]",
             "groups = [{'params': [], 'lr': lr} for _, lr in RATES]",
             "for name, p in model.named_parameters():",
-            "    found = [i for i, (r, _) in enumerate(RATES) if re.fullmatch(r, name)]",
+            "    found = [i for i, r in enumerate(RATES) if re.fullmatch(r[0], name)]",
             "    p.requires_grad_(bool(found))",
             "    if found:",
             "        groups[found[0]]['params'].append(p)",

@@ -452,12 +452,15 @@ def finetune_many(
     return runs
 
 # %% ../../nbs/training/batched.ipynb #cf5ca4ce
-def saved_bytes(function) -> int:
-    "Bytes that autograd keeps while `function` runs, each storage once."
-    kept = {}
+def saved_bytes(function, ignored=()) -> int:
+    """Bytes that autograd keeps while `function` runs, each storage once, but for
+    those of some tensors.
+    """
+    kept, own = {}, {t.untyped_storage().data_ptr() for t in ignored}
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        if (place := t.untyped_storage().data_ptr()) not in own:
+            kept[place] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

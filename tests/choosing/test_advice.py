@@ -1,0 +1,154 @@
+"""Advice against what it is made of: criteria, suggested rates, counted costs, short runs by hand."""
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import tiny_vit
+
+import vitplast as vp
+from vitplast.choosing import place_sizes, read_advice, suggest_rates
+from vitplast.choosing.advice import CRITERION, FREE, WHOLE, costs
+from vitplast.data import Split
+from vitplast.models import Selection, anatomy, prepare
+
+CONFIG = vp.FinetuneConfig(steps=8, eval_every=4, batch_size=8)
+
+
+def named(**kwargs):
+    model = tiny_vit(**kwargs).float()
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    return model
+
+
+@pytest.fixture(scope="module")
+def task():
+    def split(n, seed):
+        g = torch.Generator().manual_seed(seed)
+        labels = torch.arange(n) % 3
+        images = torch.randint(0, 120, (n, 3, 16, 16), generator=g, dtype=torch.uint8)
+        images[labels == 1, :, :8] += 90
+        images[labels == 2, :, :, :8] += 90
+        return Split(images, labels)
+
+    return vp.Task("halves", ("none", "top", "left"), split(60, 0), split(30, 1), split(30, 2), 30)
+
+
+@pytest.fixture(scope="module")
+def advice(task):
+    return vp.advise(named(), task, config=CONFIG, images=24)
+
+
+def test_the_order_is_that_of_the_criterion(advice, task):
+    frame = vp.criteria(named(), task, CRITERION, images=24)
+    values = {f"{r.component}@{r.block}": r.value for r in frame.itertuples()}
+    for row in advice.table.itertuples():
+        atoms = Selection.of(row.selection, named()).atoms
+        assert row.criterion == pytest.approx(sum(values[f"{k}@{b}"] for b, k in atoms), rel=1e-5)
+    assert advice.table.criterion.is_monotonic_decreasing
+    assert advice.places.criterion.tolist() == pytest.approx([values[f"{k}@{b}"] for b, k in zip(advice.places.block, advice.places.component)], rel=1e-5)
+    assert set(WHOLE) | {"head"} <= set(advice.table.selection)
+
+
+def test_rates_are_those_that_are_suggested(advice, task):
+    suggested = suggest_rates(named(), task, list(advice.table.selection), CONFIG, images=24)
+    assert advice.table.lr.tolist() == pytest.approx(suggested.lr.tolist())
+
+
+def test_costs_are_counted(advice, task):
+    for row in advice.table.itertuples():
+        with vp.trainable(named(num_classes=3), row.selection) as training:
+            n = training.n_trained
+        head = 3 * 12 + 3
+        assert row.trained == n - head and row.optimizer_bytes == 4 * n
+        assert row.share == pytest.approx((n - head) / (training.total - head))
+    model = named(num_classes=3)
+    x, labels = prepare(model, task.train.images[:4]), task.train.labels[:4]
+    found = costs(model, ["head", "MHA"], x, labels, 8, "adamw")
+    # the class token that enters the head is a view of all five, in float32
+    assert found.activation_bytes["head"] == 8 * 5 * 12 * 4
+    assert found.activation_bytes["MHA"] > 2 * found.activation_bytes["head"]
+    assert found.optimizer_bytes["head"] == 8 * (3 * 12 + 3)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.4, 1.0])
+def test_nothing_goes_beyond_a_budget(task, budget):
+    advice = vp.advise(named(), task, budget, CONFIG, images=24)
+    assert advice.table["share"].max() <= budget and advice.table.selection.iloc[-1] == "head"
+    assert any("random places" in d for d in advice.doubts)
+
+
+def test_without_a_budget_a_mixed_set_has_a_fifth(advice):
+    mixed = [s for s in advice.table.selection if s not in (*WHOLE, "head")]
+    sizes = place_sizes(named())
+    assert len(mixed) == 1 and sum(sizes[f"{k}@{b}"] for b, k in Selection.of(mixed[0], named()).atoms) <= FREE * sum(p.numel() for p in named().parameters())
+
+
+def test_trying_is_short_runs_by_hand_and_the_test_pictures_stay_unseen(task, advice):
+    model = named()
+    tried = vp.advise(model, task, config=CONFIG, images=24, attempts=2)
+    first = advice.table.selection[advice.table.selection != "head"].iloc[:2].tolist()
+    seen = tried.table.dropna(subset="validation_accuracy")
+    assert set(seen.selection) == {*first, "head"} and tried.tried
+    assert seen.validation_accuracy.is_monotonic_decreasing
+    broken = replace(task, test=Split(task.test.images, (task.test.labels + 1) % 3))
+    short = replace(CONFIG, steps=2, eval_every=2)
+    for row in seen.itertuples():
+        before = advice.table.set_index("selection").lr[row.selection]
+        by_hand = {lr: vp.finetune(model, broken, row.selection, replace(short, lr=lr)).validation_accuracy for lr in (before, before / 3)}
+        assert row.validation_accuracy == max(by_hand.values()) == by_hand[row.lr]
+
+
+def test_the_model_is_left_alone(task):
+    model = named()
+    before, grads = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    vp.advise(model, task, config=CONFIG, images=24)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == grads
+
+
+def test_its_forms_are_those_of_its_selection(advice, tmp_path):
+    names = advice.param_names()
+    with vp.trainable(named(), advice.selection, head=False) as training:
+        assert names == training.names
+    groups = advice.param_groups(named(num_classes=3))
+    assert groups[0]["lr"] == advice.lr and groups[0]["name"] == advice.selection
+    (tmp_path / "a.yaml").write_text(advice.yaml())
+    assert read_advice(tmp_path / "a.yaml") == {"selection": advice.selection, "lr": advice.lr, "optimizer": "sgd", "steps": 8, "batch_size": 8}
+    assert yaml.safe_load(advice.yaml())["task"] == "halves"
+    text = str(advice)
+    assert text.startswith(f"Train {advice.selection} at {advice.lr:.2g} (sgd).") and all(d in text for d in advice.doubts)
+    run = advice.finetune(steps=2, eval_every=2)
+    assert run.components == advice.selection and run.config.lr == advice.lr and run.config.steps == 2
+
+
+@pytest.mark.parametrize("text, message", [("", "expected selection and lr"), ("selection: MHA", "expected selection and lr"), ("selection: MHA\nlr: x", "could not convert"), ("selection: MHA\nlr: 0.1\nstep: 3", "nearest known: \\['steps'"), ("{", "no advice")])
+def test_files_that_hold_no_advice(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_advice(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("budget", [0, 1.5, -1, "5%", True])
+def test_budgets_that_are_none(task, budget):
+    with pytest.raises(ValueError, match="expected a share of the parameters"):
+        vp.advise(named(), task, budget)
+
+
+def test_attempts_that_are_none(task):
+    with pytest.raises(ValueError, match="attempts=-1"):
+        vp.advise(named(), task, attempts=-1)
+
+
+def test_close_candidates_are_named(advice):
+    table = advice.table.assign(criterion=np.linspace(1, 0.9, len(advice.table)))
+    from vitplast.choosing.advice import doubts_of
+
+    assert any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3))
+    table = table.assign(criterion=[2.0 ** -i for i in range(len(table))])
+    assert not any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3))
+    assert any("99 pictures of 30 classes" in d for d in doubts_of(table, None, 99, 30))
+    assert not anatomy(named()).head()  # the model that was given has none still
