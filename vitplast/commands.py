@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'plain_errors', 'chosen_device', 'formatted', 'advise', 'finetune', 'predict', 'merge']
 
-# %% ../nbs/commands.ipynb #a6628cac
+# %% ../nbs/commands.ipynb #44d6b194
 import json
 import os
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-# %% ../nbs/commands.ipynb #f979d744
+# %% ../nbs/commands.ipynb #4b5c6944
 @contextmanager
 def plain_errors(kept=""):
     """Turn errors of input into one line and exit status 1; Ctrl-C into a line that
@@ -29,7 +29,7 @@ def plain_errors(kept=""):
         typer.echo(f"\nvitplast: stopped. {kept}", err=True)
         raise typer.Exit(130) from None
 
-# %% ../nbs/commands.ipynb #bdfd20fa
+# %% ../nbs/commands.ipynb #ad33df87
 def chosen_device(name) -> str:
     """cpu or cuda; ValueError for what this machine does not have. For cpu, this
     process and its workers see no GPU.
@@ -45,7 +45,7 @@ def chosen_device(name) -> str:
         )
     return devices[-1] if name == "auto" else name
 
-# %% ../nbs/commands.ipynb #a5473ba3
+# %% ../nbs/commands.ipynb #6958cd4b
 FORMATS = ("text", "yaml", "names", "regex", "groups", "peft", "trainer", "axolotl")
 
 
@@ -106,7 +106,9 @@ def advise(
         ),
     ),
     rank: int = typer.Option(8, min=1, help="Of LoRA, for --format peft."),
-    out: Path = typer.Option(None, help="A file for it."),
+    out: Path = typer.Option(
+        None, help="A file for it; of --format text an HTML page, if it ends so."
+    ),
     seed: int = typer.Option(0, min=0),
     device: str = typer.Option(
         "auto", help="cpu, cuda, or auto: a GPU if there is one."
@@ -127,9 +129,13 @@ def advise(
 
     vitplast advise vit_base_patch16_224 photos --budget 0.1 --try 2
 
+    vitplast advise vit_base_patch16_224 photos --out advice.html
+
     vitplast advise vit_base_patch16_224 photos --format yaml --out advice.yaml
     """
     from vitplast.choosing import advise as advised
+    from vitplast.choosing import answer_of, display_advice
+    from vitplast.showing import advice_html
     from vitplast.files import check_name, replacing
     from vitplast.models import load
     from vitplast.training import FinetuneConfig
@@ -155,12 +161,17 @@ def advise(
             text = json.dumps(
                 {"candidates": rows, "doubts": found.doubts}, indent=1
             )
+        elif out and out.suffix == ".html" and form == "text":
+            rows = found.places, found.doubts
+            title = f"What to train of {model} on {found.task.name}"
+            shown = display_advice(found)
+            text = advice_html(title, answer_of(found), shown, *rows)
         if out:
             with replacing(out) as file:
                 file.write_text(text.rstrip() + "\n", encoding="utf-8")
     typer.echo(f"{out} written" if out else text, err=bool(out))
 
-# %% ../nbs/commands.ipynb #2dd999ed
+# %% ../nbs/commands.ipynb #aba433b6
 def finetune(
     model: str = typer.Argument(
         help=(
@@ -276,7 +287,7 @@ def finetune(
         f" {save} PICTURES"
     )
 
-# %% ../nbs/commands.ipynb #57531a2e
+# %% ../nbs/commands.ipynb #eac0a9aa
 def predict(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     pictures: Path = typer.Argument(
@@ -338,7 +349,7 @@ def predict(
     if out:
         typer.echo(f"{out} written", err=True)
 
-# %% ../nbs/commands.ipynb #949611a4
+# %% ../nbs/commands.ipynb #10bc89f4
 def merge(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     out: Path = typer.Argument(help="A new folder for the whole network."),

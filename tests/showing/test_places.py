@@ -31,3 +31,13 @@ def test_the_first_of_an_order_is_bright():
     one, other = (ax.images[0].get_array()[0] for ax in (up, down))
     assert one[1] < one[4] and other[1] > other[4]
     assert [t.get_text() for t in up.texts] == [t.get_text() for t in down.texts] == ["1", "2", "3"]
+
+
+def test_a_page_of_advice_holds_what_it_was_given_and_escapes_it():
+    from vitplast.showing import advice_html
+
+    places = pd.DataFrame({"block": [0, 0, 1], "component": ["MHA", "FC1", "MHA"], "criterion": [3.0, 2.0, 1.0]})
+    rows = pd.DataFrame({"train": ["MHA", "head"], "rate": ["0.1", "0.3"]})
+    page = advice_html("<b> on x", "Train MHA.", rows, places, ["a < b", "c"])
+    assert "&lt;b&gt; on x" in page and "a &lt; b" in page and "<b> on x" not in page
+    assert page.count("<tr>") == 3 and "0.3" in page and "the 3 components of 2 blocks" in page

@@ -13,7 +13,7 @@ __all__ = door(
         "score_table scores short_runs stored_criteria together"
     ),
     budget="budgeted greedy place_sizes",
-    advice="Advice advise read_advice",
+    advice="Advice advise answer_of display_advice read_advice",
     export=(
         "as_regex param_groups peft_config trained_names trainer_code unfrozen_yaml"
     ),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CRITERION', 'WHOLE', 'FREE', 'PLANNED', 'check_budget', 'candidates', 'score', 'costs', 'read_advice', 'Advice',
-           'in_bytes', 'advice_text', 'doubts_of', 'advise', 'tried']
+           'in_bytes', 'display_advice', 'answer_of', 'advice_text', 'doubts_of', 'advise', 'tried']
 
-# %% ../../nbs/choosing/advice.ipynb #52611869
+# %% ../../nbs/choosing/advice.ipynb #d433b963
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -37,7 +37,7 @@ from vitplast.choosing.export import (
 from .rates import rates_of
 from .sample import draw_sample
 
-# %% ../../nbs/choosing/advice.ipynb #c32d21d6
+# %% ../../nbs/choosing/advice.ipynb #e365660e
 CRITERION = "weight times gradient"
 WHOLE = ("MHA", "FC1", "FC2", "LN1+LN2")
 FREE = 0.2  # the share that a mixed set may have where nothing limits it
@@ -73,7 +73,7 @@ def score(model, values, selection) -> float:
     atoms = Selection.of(selection, model).atoms
     return float(sum(values[f"{kind}@{block}"] for block, kind in atoms))
 
-# %% ../../nbs/choosing/advice.ipynb #dd3ed10a
+# %% ../../nbs/choosing/advice.ipynb #8dd28754
 def costs(model, selections, images, labels, batch_size, optimizer) -> pd.DataFrame:
     """What training costs: numbers that train (beside the head's), bytes of the
     optimizer's state and of activations for a batch, and the time of a step as a
@@ -112,7 +112,7 @@ def costs(model, selections, images, labels, batch_size, optimizer) -> pd.DataFr
     found["step_time"] /= found.step_time["all"]
     return found.loc[[*selections]]
 
-# %% ../../nbs/choosing/advice.ipynb #848344fb
+# %% ../../nbs/choosing/advice.ipynb #7f718dc8
 PLANNED = ("optimizer", "steps", "batch_size")  # of the recipe, in a file
 
 
@@ -132,7 +132,7 @@ def read_advice(path) -> dict:
         raise ValueError(f"{path}: no advice ({error})") from None
     return {k: v for k, v in found.items() if k not in ("vitplast", "task")}
 
-# %% ../../nbs/choosing/advice.ipynb #eed6f5d5
+# %% ../../nbs/choosing/advice.ipynb #9e1754e0
 @dataclass(eq=False)
 class Advice:
     """Which part of a network to train on a task, at which rate; what `advise`
@@ -212,7 +212,7 @@ class Advice:
     def __str__(self):
         return self.text()
 
-# %% ../../nbs/choosing/advice.ipynb #d33c2b1c
+# %% ../../nbs/choosing/advice.ipynb #32e9dbd9
 def in_bytes(n) -> str:
     "A number of bytes for a person."
     for unit in ("B", "kB", "MB", "GB"):
@@ -221,8 +221,8 @@ def in_bytes(n) -> str:
         n /= 1000
 
 
-def advice_text(advice) -> str:
-    "The table and the doubts of an Advice, as text."
+def display_advice(advice) -> pd.DataFrame:
+    "The candidates of an Advice as text, one a row."
     t = advice.table
     shown = pd.DataFrame(
         {
@@ -239,11 +239,22 @@ def advice_text(advice) -> str:
     if "validation_accuracy" in t:
         tried = t.validation_accuracy
         shown["tried"] = ["" if np.isnan(a) else f"{a:.1%}" for a in tried]
+    return shown
+
+
+def answer_of(advice) -> str:
+    "The advice in one sentence."
+    rate, optimizer = f"{advice.lr:.2g}", advice.config.optimizer
+    return f"Train {advice.selection} at {rate} ({optimizer})."
+
+
+def advice_text(advice) -> str:
+    "The table and the doubts of an Advice, as text."
     n = advice.config.batch_size
     lines = [
-        f"Train {advice.selection} at {advice.lr:.2g} ({advice.config.optimizer}).",
+        answer_of(advice),
         "",
-        shown.to_string(index=False),
+        display_advice(advice).to_string(index=False),
         "",
         f"Best first. optimizer: its state; activations: kept for the way back, {n}"
         " pictures; step: time against training everything.",
@@ -251,7 +262,7 @@ def advice_text(advice) -> str:
     ]
     return "\n".join(lines)
 
-# %% ../../nbs/choosing/advice.ipynb #da6b7470
+# %% ../../nbs/choosing/advice.ipynb #b868ed28
 def doubts_of(table, budget, images, classes) -> tuple:
     "What to keep in mind, in sentences."
     found = []
@@ -352,7 +363,7 @@ def advise(
     advice = Advice(model, task, config, table, places, doubts)
     return tried(advice, attempts, progress) if attempts else advice
 
-# %% ../../nbs/choosing/advice.ipynb #0eed1b37
+# %% ../../nbs/choosing/advice.ipynb #ef93fde3
 def tried(advice, attempts, progress=False) -> Advice:
     """The advice after short runs of its first candidates, and of the head, each at
     the suggested rate and a third of it: in the order of validation accuracy.

@@ -13,7 +13,7 @@ __all__ = door(
         "image_rows keep_headline mean_ranks measurement over_targets panels "
         "training_curves"
     ),
-    places="as_map place_maps",
+    places="advice_html as_map place_maps",
     study="REAL_STUDY Study StudyConfig study summary",
     console="edges_text plan_text sweep_text",
     report="FOOTNOTE difference_noise display_frame findings report_html text_table",
