@@ -53,9 +53,11 @@ def test_predictions_are_those_of_python(saved, pictures, tmp_path):
 
 
 def test_a_rate_is_suggested_and_augmented_pictures_train(pictures, tmp_path):
-    asked = ("finetune", "formula-vit", pictures, "--steps", 3, "--batch", 8, "--augment", "--device", "cpu", "--save", tmp_path / "run")
+    asked = ("finetune", "formula-vit", pictures, "--steps", 3, "--batch", 8, "--augment", "--class-weights", "--patience", 2, "--device", "cpu", "--save", tmp_path / "run")
     done = invoke(*asked)
     assert done.exit_code == 0 and "suggested" in done.output and "test pictures right" in done.output, done.output
+    config = vp.load_run(tmp_path / "run").config
+    assert config.class_weights and config.patience == 2
     assert invoke(*asked).exit_code == 1
 
 

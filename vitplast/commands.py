@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'plain_errors', 'chosen_device', 'formatted', 'advise', 'finetune', 'predict', 'merge']
 
-# %% ../nbs/commands.ipynb #44d6b194
+# %% ../nbs/commands.ipynb #c8d09474
 import json
 import os
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-# %% ../nbs/commands.ipynb #4b5c6944
+# %% ../nbs/commands.ipynb #dde49887
 @contextmanager
 def plain_errors(kept=""):
     """Turn errors of input into one line and exit status 1; Ctrl-C into a line that
@@ -29,7 +29,7 @@ def plain_errors(kept=""):
         typer.echo(f"\nvitplast: stopped. {kept}", err=True)
         raise typer.Exit(130) from None
 
-# %% ../nbs/commands.ipynb #ad33df87
+# %% ../nbs/commands.ipynb #2d53df6d
 def chosen_device(name) -> str:
     """cpu or cuda; ValueError for what this machine does not have. For cpu, this
     process and its workers see no GPU.
@@ -45,7 +45,7 @@ def chosen_device(name) -> str:
         )
     return devices[-1] if name == "auto" else name
 
-# %% ../nbs/commands.ipynb #6958cd4b
+# %% ../nbs/commands.ipynb #929665eb
 FORMATS = ("text", "yaml", "names", "regex", "groups", "peft", "trainer", "axolotl")
 
 
@@ -171,7 +171,7 @@ def advise(
                 file.write_text(text.rstrip() + "\n", encoding="utf-8")
     typer.echo(f"{out} written" if out else text, err=bool(out))
 
-# %% ../nbs/commands.ipynb #aba433b6
+# %% ../nbs/commands.ipynb #1077b40a
 def finetune(
     model: str = typer.Argument(
         help=(
@@ -200,6 +200,14 @@ def finetune(
     optimizer: str = typer.Option(None, help="sgd (default) or adamw."),
     augment: bool = typer.Option(
         False, "--augment", help="Random crops and mirror images of a folder's."
+    ),
+    class_weights: bool = typer.Option(
+        False,
+        "--class-weights",
+        help="A picture counts as much as its class is rare.",
+    ),
+    patience: int = typer.Option(
+        None, min=1, help="Stop after so many of 8 readings that are no better."
     ),
     size: int = typer.Option(
         None, min=1, help="Side of the pictures, for networks that take others."
@@ -252,6 +260,7 @@ def finetune(
             made = task_of(target, side, crop=made.crop, augment=True)
         steps = asked["steps"]
         asked |= {"seed": seed, "eval_every": max(1, steps // 8), "bf16": "auto"}
+        asked |= {"class_weights": class_weights, "patience": patience}
         config = training.FinetuneConfig(log_every=10, **asked)
         if lr is None:
             suggested = suggest_rates(loaded, made, [selection], config)
@@ -287,7 +296,7 @@ def finetune(
         f" {save} PICTURES"
     )
 
-# %% ../nbs/commands.ipynb #eac0a9aa
+# %% ../nbs/commands.ipynb #ac79dab6
 def predict(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     pictures: Path = typer.Argument(
@@ -349,7 +358,7 @@ def predict(
     if out:
         typer.echo(f"{out} written", err=True)
 
-# %% ../nbs/commands.ipynb #10bc89f4
+# %% ../nbs/commands.ipynb #1a28c077
 def merge(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     out: Path = typer.Argument(help="A new folder for the whole network."),

@@ -3,16 +3,17 @@ import copy
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import tiny_vit
 
 import vitplast as vp
-from vitplast.choosing import place_sizes, read_advice, suggest_rates
-from vitplast.choosing.advice import CRITERION, FREE, WHOLE, costs
+from vitplast.choosing import budgeted, place_sizes, read_advice, suggest_rates
+from vitplast.choosing.advice import FREE, NORMS, OF_KINDS, OF_PLACES, WHOLE, costs, doubts_of
 from vitplast.data import Split
-from vitplast.models import Selection, anatomy, prepare
+from vitplast.models import Selection, prepare
 
 CONFIG = vp.FinetuneConfig(steps=8, eval_every=4, batch_size=8)
 
@@ -41,15 +42,21 @@ def advice(task):
     return vp.advise(named(), task, config=CONFIG, images=24)
 
 
-def test_the_order_is_that_of_the_criterion(advice, task):
-    frame = vp.criteria(named(), task, CRITERION, images=24)
-    values = {f"{r.component}@{r.block}": r.value for r in frame.itertuples()}
+def values_of(task, criterion):
+    frame = vp.criteria(named(), task, criterion, images=24)
+    return {f"{r.component}@{r.block}": r.value for r in frame.itertuples()}
+
+
+def test_kinds_are_in_the_order_of_their_gradients_and_places_in_that_of_theirs(advice, task):
+    of_kinds, of_places = values_of(task, OF_KINDS), values_of(task, OF_PLACES)
     for row in advice.table.itertuples():
         atoms = Selection.of(row.selection, named()).atoms
-        assert row.criterion == pytest.approx(sum(values[f"{k}@{b}"] for b, k in atoms), rel=1e-5)
-    assert advice.table.criterion.is_monotonic_decreasing
-    assert advice.places.criterion.tolist() == pytest.approx([values[f"{k}@{b}"] for b, k in zip(advice.places.block, advice.places.component)], rel=1e-5)
-    assert set(WHOLE) | {"head"} <= set(advice.table.selection)
+        assert row.criterion == pytest.approx(sum(of_kinds[f"{k}@{b}"] for b, k in atoms), rel=1e-5)
+    first = advice.table[:3]
+    assert set(first.selection) == set(WHOLE) and first.criterion.is_monotonic_decreasing
+    assert advice.table.selection.tolist()[-2:] == [NORMS, "head"]
+    assert advice.table.selection[3] == budgeted(named(), pd.Series(of_places), FREE)
+    assert advice.places.criterion.tolist() == pytest.approx([of_places[f"{k}@{b}"] for b, k in zip(advice.places.block, advice.places.component)], rel=1e-5)
 
 
 def test_rates_are_those_that_are_suggested(advice, task):
@@ -82,7 +89,7 @@ def test_nothing_goes_beyond_a_budget(task, budget):
 
 
 def test_without_a_budget_a_mixed_set_has_a_fifth(advice):
-    mixed = [s for s in advice.table.selection if s not in (*WHOLE, "head")]
+    mixed = [s for s in advice.table.selection if s not in (*WHOLE, NORMS, "head")]
     sizes = place_sizes(named())
     assert len(mixed) == 1 and sum(sizes[f"{k}@{b}"] for b, k in Selection.of(mixed[0], named()).atoms) <= FREE * sum(p.numel() for p in named().parameters())
 
@@ -145,10 +152,7 @@ def test_attempts_that_are_none(task):
 
 def test_close_candidates_are_named(advice):
     table = advice.table.assign(criterion=np.linspace(1, 0.9, len(advice.table)))
-    from vitplast.choosing.advice import doubts_of
-
     assert any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3))
     table = table.assign(criterion=[2.0 ** -i for i in range(len(table))])
     assert not any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3))
     assert any("99 pictures of 30 classes" in d for d in doubts_of(table, None, 99, 30))
-    assert not anatomy(named()).head()  # the model that was given has none still

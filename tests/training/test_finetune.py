@@ -1,6 +1,8 @@
 """Finetuning: what is frozen stays, what trains moves, selection on validation, one update by hand."""
+import copy
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -432,3 +434,45 @@ def test_timing_leaves_no_trace(model):
     config = module.decided(single, vp.FinetuneConfig(batch_size=4, bf16="auto"))
     assert isinstance(config.bf16, bool) and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, single.parameters()))
+
+
+def test_class_weights_are_scikit_learns_and_enter_the_loss(stripes):
+    from sklearn.utils.class_weight import compute_class_weight
+
+    train = stripes.train
+    keep = torch.cat([(train.labels == 0).nonzero().flatten(), (train.labels == 1).nonzero().flatten()[:5]])
+    uneven = replace(stripes, train=Split(train.images[keep], train.labels[keep]))
+    labels = uneven.train.labels.numpy()
+    expected = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
+    config = vp.FinetuneConfig(steps=1, eval_every=1, batch_size=len(keep), class_weights=True, lr=1e-9)
+    found = sys.modules["vitplast.training.finetune"].weights_of(uneven, config)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    assert found[uneven.train.labels].mean().item() == pytest.approx(1)
+    model = tiny_vit(num_classes=3)
+    run = vp.finetune(model, uneven, "head", config)
+    headed = copy.deepcopy(model)
+    new_head(headed, 2, config.seed)
+    with torch.no_grad():
+        each = F.cross_entropy(headed(prepare(headed, uneven.train.images)), uneven.train.labels, reduction="none")
+    assert run.history.loss[0] == pytest.approx((each * found[uneven.train.labels]).mean().item(), rel=1e-6)
+
+
+def test_patience_stops_after_readings_that_are_no_better(stripes):
+    config = dict(steps=40, eval_every=2, batch_size=8, lr=0.1)
+    whole = vp.finetune(tiny_vit(num_classes=3), stripes, "MHA", vp.FinetuneConfig(**config))
+    run = vp.finetune(tiny_vit(num_classes=3), stripes, "MHA", vp.FinetuneConfig(**config, patience=2))
+    read = whole.history[whole.history.validation_accuracy.notna()]
+    best, misses, last = -1.0, 0, None
+    for step, accuracy in zip(read.step, read.validation_accuracy):
+        best, misses = (accuracy, 0) if accuracy > best else (best, misses + 1)
+        last = step
+        if misses == 2:
+            break
+    assert last < 40 and run.history.step.iloc[-1] == last and run.best_step == last - 4
+    np.testing.assert_allclose(run.history.loss, whole.history.loss[: len(run.history)])
+
+
+def test_runs_with_patience_are_not_batched(stripes):
+    configs = [vp.FinetuneConfig(steps=2, eval_every=1, batch_size=8, lr=lr, patience=1) for lr in (0.1, 0.2)]
+    with pytest.raises(ValueError, match="one by one"):
+        finetune_many(tiny_vit(num_classes=3), stripes, "LN1", configs)

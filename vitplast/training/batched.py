@@ -69,7 +69,14 @@ def group_key(config: FinetuneConfig) -> tuple:
 
 
 def check_group(configs):
-    "ValueError unless the configurations differ in learning rate and seed only."
+    """ValueError unless the configurations differ in learning rate and seed only,
+    and for what needs runs one by one.
+    """
+    if configs and (configs[0].patience or configs[0].class_weights):
+        raise ValueError(
+            "runs with patience or class weights are trained one by one: expected"
+            " neither in runs of a group"
+        )
     for config in configs[1:]:
         if different := sorted(
             k

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIMED', 'TRAINING_VERSION', 'UNRECORDED', 'scored', 'evaluate', 'seconds_of_a_step', 'decided', 'Run', 'new_head',
            'Best', 'total_norm', 'own_and_head', 'clipped_together', 'gradient_groups', 'reads', 'as_history',
-           'also_requiring', 'validated', 'train', 'has_diverged', 'prepared_head', 'finetune']
+           'also_requiring', 'validated', 'weights_of', 'train', 'has_diverged', 'prepared_head', 'finetune']
 
 # %% ../../nbs/training/finetune.ipynb #7dc30a03
 import copy
@@ -303,6 +303,14 @@ def validated(model, task, reuse, bf16) -> tuple:
         return scored(batches, reuse.logits, bf16)
 
 
+def weights_of(task, config) -> "torch.Tensor | None":
+    "What a picture of each class counts (classes,); one on average; None for all."
+    if not config.class_weights:
+        return None
+    n = torch.bincount(task.train.labels, minlength=task.n_classes)
+    return len(task.train) / (n.clamp(min=1) * int((n > 0).sum())).float()
+
+
 def train(model, task, training, config, tqdm_label=None, compiled=False) -> tuple:
     """The training loop: the history, and the best validation reading (None if none
     was finite).
@@ -326,7 +334,8 @@ def train(model, task, training, config, tqdm_label=None, compiled=False) -> tup
         len(task.train), config.steps, config.batch_size, config.seed
     )
     g = torch.Generator().manual_seed(config.seed)  # of the augmentation
-    rows, readings, best = [], {}, None
+    rows, readings, best, weights = [], {}, None, weights_of(task, config)
+    weights = None if weights is None else weights.to(device)
     with also_requiring([p for group in groups.values() for p in group]):
         for step, batch in enumerate(
             tqdm(
@@ -352,7 +361,10 @@ def train(model, task, training, config, tqdm_label=None, compiled=False) -> tup
             for part, their in pieces(inputs, labels, config):
                 with precision(inputs, config.bf16):
                     loss = F.cross_entropy(
-                        logits(part).to(inputs), their, reduction="sum"
+                        found := logits(part).to(inputs),
+                        their,
+                        weights if weights is None else weights.to(found),
+                        reduction="sum",
                     ) / len(labels)
                 loss.backward()
                 total = total + loss.detach()
@@ -378,6 +390,8 @@ def train(model, task, training, config, tqdm_label=None, compiled=False) -> tup
                     n: v.clone() for n, v in model.state_dict().items() if n in kept
                 }
                 best = Best(step, readings[step][1], state)
+            elif sum(s > best.step for s in readings) == config.patience:
+                break
     return as_history(torch.stack(rows), ["loss", *groups], readings, config), best
 
 # %% ../../nbs/training/finetune.ipynb #e651fae0

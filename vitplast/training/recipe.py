@@ -80,6 +80,11 @@ ALLOWED = {
         "None (as lr), 0 (fitted and fixed), or a positive number",
         lambda v: v is None or is_number(v) and v >= 0,
     ),
+    "patience": (
+        "a positive integer, or None",
+        lambda v: v is None or is_whole(v) and v > 0,
+    ),
+    "class_weights": TRUTH,
 }
 
 
@@ -128,6 +133,10 @@ class FinetuneConfig:
     clip_head: str = later("separate", before="joint")
     # None: that of all else; 0: fitted on the frozen features, and fixed
     head_lr: "float | None" = later(None, before=None)
+    # stop after so many readings of validation in a row that are no better
+    patience: "int | None" = later(None, before=None)
+    # a picture counts as much as its class is rare, one on average
+    class_weights: bool = later(False, before=False)
 
     def __post_init__(self):
         object.__setattr__(self, "watch", tuple(self.watch))  # JSON gives lists
