@@ -1,11 +1,13 @@
 """Train, save, use: the three commands as a person meets them."""
 import json
+import subprocess
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from test_cli import invoke
+from test_cli import COMMAND, invoke
 
 import vitplast as vp
 
@@ -100,3 +102,21 @@ def test_advice_in_every_form_and_finetuning_by_it(pictures, tmp_path):
     assert (run.components, run.config.lr, run.config.steps, run.config.batch_size) == (selection, table[0]["lr"], 8, 8)
     refused = invoke(*base, "--format", "yamll")
     assert refused.exit_code == 1 and "nearest known: ['yaml'" in refused.output
+
+
+def test_a_killed_finetuning_goes_on_to_the_same_numbers(pictures, tmp_path):
+    base = ("finetune", "formula-vit", pictures, "--selection", "MHA", "--lr", 0.02, "--steps", 64, "--batch", 8, "--device", "cpu")
+    asked = [str(a) for a in (*base, "--save", tmp_path / "a")]
+    process = subprocess.Popen([*COMMAND, *asked], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = tmp_path / "a/unfinished.safetensors"
+    while not begun.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert begun.exists() and not (tmp_path / "a/run.json").exists()
+    done = invoke(*asked)
+    assert done.exit_code == 0 and "going on from" in done.output and not begun.exists(), done.output
+    assert invoke(*base, "--save", tmp_path / "b").exit_code == 0
+    a, b = (json.loads((tmp_path / f"{name}/run.json").read_text()) for name in "ab")
+    np.testing.assert_allclose(a["history"]["loss"], b["history"]["loss"], rtol=1e-4)
+    assert a["results"]["best_step"] == b["results"]["best_step"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'plain_errors', 'chosen_device', 'formatted', 'advise', 'finetune', 'predict', 'merge']
 
-# %% ../nbs/commands.ipynb #c8d09474
+# %% ../nbs/commands.ipynb #73178c15
 import json
 import os
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-# %% ../nbs/commands.ipynb #dde49887
+# %% ../nbs/commands.ipynb #e33796a7
 @contextmanager
 def plain_errors(kept=""):
     """Turn errors of input into one line and exit status 1; Ctrl-C into a line that
@@ -29,7 +29,7 @@ def plain_errors(kept=""):
         typer.echo(f"\nvitplast: stopped. {kept}", err=True)
         raise typer.Exit(130) from None
 
-# %% ../nbs/commands.ipynb #2d53df6d
+# %% ../nbs/commands.ipynb #b7c5744e
 def chosen_device(name) -> str:
     """cpu or cuda; ValueError for what this machine does not have. For cpu, this
     process and its workers see no GPU.
@@ -45,7 +45,7 @@ def chosen_device(name) -> str:
         )
     return devices[-1] if name == "auto" else name
 
-# %% ../nbs/commands.ipynb #929665eb
+# %% ../nbs/commands.ipynb #aba29203
 FORMATS = ("text", "yaml", "names", "regex", "groups", "peft", "trainer", "axolotl")
 
 
@@ -171,7 +171,7 @@ def advise(
                 file.write_text(text.rstrip() + "\n", encoding="utf-8")
     typer.echo(f"{out} written" if out else text, err=bool(out))
 
-# %% ../nbs/commands.ipynb #1077b40a
+# %% ../nbs/commands.ipynb #7b580e64
 def finetune(
     model: str = typer.Argument(
         help=(
@@ -223,7 +223,8 @@ def finetune(
         False, "--json", help="Print the results as JSON instead of sentences."
     ),
 ):
-    """Train a part of a network and a new head, and save what was trained.
+    """Train a part of a network and a new head, and save what was trained. Stopped,
+    the same command goes on from the last reading.
 
     Validation picks the step; the test pictures are read once. Pictures without
     splits of their own are split 60 : 20 : 20, copies of one together.
@@ -241,7 +242,7 @@ def finetune(
     from vitplast.data import task as task_of
     from vitplast.models import anatomy, load
 
-    with plain_errors("Nothing was written."):
+    with plain_errors(f"What {save} holds is taken up by the same command."):
         if (save / "run.json").exists() and not overwrite:
             raise ValueError(f"--save {save}: holds a run; --overwrite replaces it")
         asked = {"selection": "MHA", "steps": 240, "batch_size": 32}
@@ -267,7 +268,12 @@ def finetune(
             lr = float(suggested.lr.item())
             typer.echo(f"learning rate {lr:g}, suggested", err=True)
         config = replace(config, lr=lr)
-        run = training.finetune(loaded, made, selection, config, progress=True)
+        begun = save / "unfinished.safetensors"
+        if begun.exists():
+            typer.echo(f"going on from {begun}", err=True)
+        run = training.finetune(
+            loaded, made, selection, config, progress=True, unfinished=begun
+        )
         if run.best_step == 0:
             raise ValueError(
                 f"the loss was not finite at learning rate {lr:g}: expected a"
@@ -296,7 +302,7 @@ def finetune(
         f" {save} PICTURES"
     )
 
-# %% ../nbs/commands.ipynb #ac79dab6
+# %% ../nbs/commands.ipynb #4ed5ae5f
 def predict(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     pictures: Path = typer.Argument(
@@ -358,7 +364,7 @@ def predict(
     if out:
         typer.echo(f"{out} written", err=True)
 
-# %% ../nbs/commands.ipynb #1a28c077
+# %% ../nbs/commands.ipynb #3232305c
 def merge(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     out: Path = typer.Argument(help="A new folder for the whole network."),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TIMED', 'TRAINING_VERSION', 'UNRECORDED', 'scored', 'evaluate', 'seconds_of_a_step', 'decided', 'Run', 'new_head',
            'Best', 'total_norm', 'own_and_head', 'clipped_together', 'gradient_groups', 'reads', 'as_history',
-           'also_requiring', 'validated', 'weights_of', 'train', 'has_diverged', 'prepared_head', 'finetune']
+           'also_requiring', 'validated', 'weights_of', 'train', 'has_diverged', 'prepared_head', 'what_it_is',
+           'finetune']
 
 # %% ../../nbs/training/finetune.ipynb #7dc30a03
 import copy
@@ -32,6 +33,7 @@ from vitplast.training.freezing import (
 )
 from .prefix import reused
 from .probe import fit_head
+from .resuming import Unfinished
 from vitplast.training.recipe import (
     FinetuneConfig,
     check_batch,
@@ -311,9 +313,11 @@ def weights_of(task, config) -> "torch.Tensor | None":
     return len(task.train) / (n.clamp(min=1) * int((n > 0).sum())).float()
 
 
-def train(model, task, training, config, tqdm_label=None, compiled=False) -> tuple:
+def train(
+    model, task, training, config, tqdm_label=None, compiled=False, unfinished=None
+) -> tuple:
     """The training loop: the history, and the best validation reading (None if none
-    was finite).
+    was finite). unfinished: where its state is kept from reading to reading.
     """
     parts = anatomy(model)
     reuse = None if compiled else reused(model, task, training.names, config)
@@ -336,6 +340,11 @@ def train(model, task, training, config, tqdm_label=None, compiled=False) -> tup
     g = torch.Generator().manual_seed(config.seed)  # of the augmentation
     rows, readings, best, weights = [], {}, None, weights_of(task, config)
     weights = None if weights is None else weights.to(device)
+    kept = {n: t for n, t in model.named_buffers()} | training.chosen
+    start, found = 0, unfinished and unfinished.put_back(kept, optimizer, g)
+    if found:
+        start, rows, readings, best = found
+        best = best and Best(*best)
     with also_requiring([p for group in groups.values() for p in group]):
         for step, batch in enumerate(
             tqdm(
@@ -347,6 +356,8 @@ def train(model, task, training, config, tqdm_label=None, compiled=False) -> tup
             ),
             1,
         ):
+            if step <= start:
+                continue
             training_mode(model)
             factor = warmup_cosine(step - 1, config.steps, config.warmup)
             for group, peak in zip(optimizer.param_groups, peaks):
@@ -383,15 +394,14 @@ def train(model, task, training, config, tqdm_label=None, compiled=False) -> tup
             if not math.isfinite(readings[step][0]):
                 break
             if best is None or readings[step][1] > best.accuracy:
-                kept = training.chosen.keys() | {
-                    n for n, _ in model.named_buffers()
-                }
                 state = {
                     n: v.clone() for n, v in model.state_dict().items() if n in kept
                 }
                 best = Best(step, readings[step][1], state)
             elif sum(s > best.step for s in readings) == config.patience:
                 break
+            if unfinished:
+                unfinished.write(step, rows, readings, best, kept, optimizer, g)
     return as_history(torch.stack(rows), ["loss", *groups], readings, config), best
 
 # %% ../../nbs/training/finetune.ipynb #e651fae0
@@ -411,6 +421,12 @@ def prepared_head(model, task, selection, config) -> Selection:
     fit_head(model, task)
     return replace(selection, head=False)
 
+# %% ../../nbs/training/finetune.ipynb #27c6dcfd
+def what_it_is(config, selection, task, labels, replaced) -> dict:
+    "What tells a training from others of other settings, pictures or weights."
+    settings = asdict(config) | {"selection": selection, "task": task}
+    return settings | {"labels": labels.tolist(), "replaced": replaced}
+
 # %% ../../nbs/training/finetune.ipynb #12270218
 @torch.inference_mode(False)  # whatever the caller computes under
 @torch.enable_grad()
@@ -421,12 +437,14 @@ def finetune(
     config=FinetuneConfig(),
     progress=False,
     compiled=False,
+    unfinished=None,
 ) -> Run:
     """Train a selection and a new head on a task.
 
     task: what vp.task gives, or its name. selection: as in `trainable`; the model
     itself is left alone. compiled: use torch.compile, which takes a minute to
-    begin with. Returns a Run: .history, .validation_accuracy, .test_accuracy,
+    begin with. unfinished: a file for the state of the training, from which the
+    same call goes on if it was stopped; removed at the end. Returns a Run: .history, .validation_accuracy, .test_accuracy,
     .model. Raises ValueError where a selection cannot be read or trains nothing,
     or the images do not fit the model.
     Source of the recipe: Odonnat et al. 2026.
@@ -447,12 +465,14 @@ def finetune(
         replaced = weight_digests(
             model, own_and_head(anatomy(model), training.names)[0]
         )
-        history, best = train(model, task, training, used, shown, compiled)
+        about = (config, selection.text, task.name, task.train.labels, replaced)
+        kept = unfinished and Unfinished(unfinished, what_it_is(*about))
+        history, best = train(model, task, training, used, shown, compiled, kept)
     for p in training.chosen.values():
         masked(p, None)
     if best is not None:
         model.load_state_dict(best.state, strict=False)
-    return Run(
+    run = Run(
         task=task.name,
         components=selection.text,
         config=config,
@@ -472,3 +492,6 @@ def finetune(
         replaced=replaced,
         tested=task.test,
     )
+    if kept:
+        kept.remove()
+    return run
