@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'plain_errors', 'chosen_device', 'formatted', 'advise', 'finetune', 'predict', 'merge']
 
-# %% ../nbs/commands.ipynb #73178c15
+# %% ../nbs/commands.ipynb #04cc4673
 import json
 import os
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import typer
 
-# %% ../nbs/commands.ipynb #e33796a7
+# %% ../nbs/commands.ipynb #fc41f02d
 @contextmanager
 def plain_errors(kept=""):
     """Turn errors of input into one line and exit status 1; Ctrl-C into a line that
@@ -29,7 +29,7 @@ def plain_errors(kept=""):
         typer.echo(f"\nvitplast: stopped. {kept}", err=True)
         raise typer.Exit(130) from None
 
-# %% ../nbs/commands.ipynb #b7c5744e
+# %% ../nbs/commands.ipynb #fa50afb6
 def chosen_device(name) -> str:
     """cpu or cuda; ValueError for what this machine does not have. For cpu, this
     process and its workers see no GPU.
@@ -45,7 +45,7 @@ def chosen_device(name) -> str:
         )
     return devices[-1] if name == "auto" else name
 
-# %% ../nbs/commands.ipynb #aba29203
+# %% ../nbs/commands.ipynb #0db9c9ab
 FORMATS = ("text", "yaml", "names", "regex", "groups", "peft", "trainer", "axolotl")
 
 
@@ -171,7 +171,7 @@ def advise(
                 file.write_text(text.rstrip() + "\n", encoding="utf-8")
     typer.echo(f"{out} written" if out else text, err=bool(out))
 
-# %% ../nbs/commands.ipynb #7b580e64
+# %% ../nbs/commands.ipynb #797ce7df
 def finetune(
     model: str = typer.Argument(
         help=(
@@ -249,6 +249,8 @@ def finetune(
         asked |= {"optimizer": "sgd"} | (read_advice(advice) if advice else {})
         given = {"selection": selection, "steps": steps, "batch_size": batch}
         given |= {"optimizer": optimizer, "lr": lr}
+        if selection not in (None, asked["selection"]):
+            asked.pop("lr", None)  # it was for another selection
         asked |= {k: v for k, v in given.items() if v is not None}
         selection, lr = asked.pop("selection"), asked.pop("lr", None)
         if augment and not known_as(target)[1]:
@@ -302,7 +304,7 @@ def finetune(
         f" {save} PICTURES"
     )
 
-# %% ../nbs/commands.ipynb #4ed5ae5f
+# %% ../nbs/commands.ipynb #a842fc02
 def predict(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     pictures: Path = typer.Argument(
@@ -364,7 +366,7 @@ def predict(
     if out:
         typer.echo(f"{out} written", err=True)
 
-# %% ../nbs/commands.ipynb #3232305c
+# %% ../nbs/commands.ipynb #a2427854
 def merge(
     folder: Path = typer.Argument(help="Of a run that vitplast saved."),
     out: Path = typer.Argument(help="A new folder for the whole network."),

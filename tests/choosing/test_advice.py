@@ -132,7 +132,7 @@ def test_its_forms_are_those_of_its_selection(advice, tmp_path):
     assert run.components == advice.selection and run.config.lr == advice.lr and run.config.steps == 2
 
 
-@pytest.mark.parametrize("text, message", [("", "expected selection and lr"), ("selection: MHA", "expected selection and lr"), ("selection: MHA\nlr: x", "could not convert"), ("selection: MHA\nlr: 0.1\nstep: 3", "nearest known: \\['steps'"), ("{", "no advice")])
+@pytest.mark.parametrize("text, message", [("", "expected selection and lr"), ("selection: MHA", "expected selection and lr"), ("selection: MHA\nlr: x", "could not convert"), ("selection: MHA\nlr: 0.1\nstep: 3", "nearest known: \\['steps'"), ("{", "no advice"), ("selection: 3\nlr: 0.1", "expected text"), ("selection: MHA\nlr: -1", "lr=-1.0"), ("selection: MHA\nlr: .nan", "lr=nan"), ("selection: MHA\nlr: true", "a number as lr"), ("selection: MHA\nlr: 0.1\nsteps: x", "steps='x'")])
 def test_files_that_hold_no_advice(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -32,7 +32,7 @@ def test_names_are_those_that_train(name, selection):
     pattern = re.compile(as_regex(model, names))
     assert [n for n in every(model) if pattern.fullmatch(n)] == [n for n in every(model) if n in set(names)]
     lines = yaml.safe_load(unfrozen_yaml(model, {selection: 0.1}))["unfrozen_parameters"]
-    assert {n for n in every(model) if any(re.search(line, n) for line in lines)} == set(names)
+    assert {n for n in every(model) if any(re.search(line, n) for line in lines)} == set(names) | anatomy(model).head().keys()
 
 
 @settings(deadline=None, max_examples=40)
@@ -144,3 +144,35 @@ def test_pasted_lines_make_the_same_groups(kind):
     pasted = [(g["lr"], [tuple(p.shape) for p in g["params"]]) for g in space["optimizer"].param_groups]
     assert pasted == [(g["lr"], [tuple(p.shape) for p in g["params"]]) for g in param_groups(model, rates, head_lr=0.3)]
     assert [p.requires_grad for p in space["model"].parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_the_rate_of_a_head_is_the_one_that_was_given():
+    model = tiny_vit(num_classes=3)
+    rates = {g["name"]: g["lr"] for g in param_groups(model, {"head": 0.01, "MHA": 0.1})}
+    assert rates == {"head": 0.01, "MHA": 0.1}
+    assert ", 0.01)" in trainer_code(model, {"head": 0.01, "MHA": 0.1})
+    for bad in (0, -3):
+        with pytest.raises(ValueError, match="head_lr: rate"):
+            param_groups(model, {"MHA": 0.1}, head_lr=bad)
+    with pytest.raises(ValueError, match="expected one"):
+        param_groups(model, {"head": 0.01, "MHA": 0.1}, head_lr=0.2)
+    with pytest.raises(ValueError, match="base_lr: rate 0"):
+        param_groups(model, {"MHA": 0.1}, base_lr=0)
+
+
+def test_pasted_lines_use_the_optimizer_that_the_rates_are_for():
+    model = tiny_vit(num_classes=3)
+    for name, kind in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        space = {"model": copy.deepcopy(model)}
+        exec(trainer_code(model, {"MHA": 0.1}, optimizer=name), space)
+        assert type(space["optimizer"]) is kind
+    with pytest.raises(ValueError, match="unknown optimizer 'adam'"):
+        trainer_code(model, {"MHA": 0.1}, optimizer="adam")
+
+
+def test_alpha_follows_every_rank_and_two_ranks_are_refused():
+    model = tiny_vit(num_classes=3)
+    config = peft_config(model, "MHA+FC1@0", r={"MHA": 4, "FC1@0": 1}, lora_alpha=32)
+    assert config.lora_alpha == 32 and config.alpha_pattern == {"blocks.0.mlp.fc1": 8}
+    with pytest.raises(ValueError, match="two ranks for blocks.1.attn"):
+        peft_config(model, "MHA", r={"MHA": 8, "MHA@1": 4})

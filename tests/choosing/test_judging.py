@@ -7,8 +7,9 @@ import pytest
 from conftest import tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from vitplast.choosing import budgeted, chance, correlation, gains, greedy, kinds_of, lost_by, partial_correlation, place_sizes, regrets, score_table, scores, short_runs, together
+from vitplast.choosing import budgeted, chance, correlation, gains, greedy, kinds_of, lost_by, mean_interval, partial_correlation, place_sizes, regrets, score_table, scores, short_runs, together
 from vitplast.models import KINDS, Selection, anatomy
 
 PLACES = [f"{kind}@{block}" for block in range(3) for kind in KINDS]
@@ -38,7 +39,11 @@ def test_regrets_are_means_over_all_ways_to_break_ties():
     v, g = pd.Series([2.0, 2, 1, 1, 0], PLACES[:5]), random_places(2, 5)
     orders = [a + b + (4,) for a in permutations((0, 1)) for b in permutations((2, 3))]
     exact = np.mean([(g.max() - g.iloc[o[0]], g.max() - g.iloc[list(o[:3])].max()) for o in orders], 0)
-    np.testing.assert_allclose(regrets(v, g, 4000), exact, atol=0.04)
+    np.testing.assert_allclose(regrets(v, g, rounds=4000), exact, atol=0.04)
+    assert regrets(v, g)[0] == pytest.approx(exact[0])
+    seen = random_places(7, 5)
+    by_seen = np.mean([g.max() - g[seen.iloc[list(o[:3])].idxmax()] for o in orders])
+    assert regrets(v, g, seen, 4000)[1] == pytest.approx(by_seen, abs=0.04)
     first, three = regrets(random_places(3), random_places(4))
     best = random_places(3).sort_values(ascending=False).index
     assert first == random_places(4).max() - random_places(4)[best[0]]
@@ -98,8 +103,16 @@ def test_gains_pick_by_validation_and_start_at_the_head():
     ])
     assert gains(runs)["t"].round(9).to_dict() == {"MHA@0": 20, "LN1@0": -10}
     assert gains(runs, of="validation_accuracy")["t"].round(9).to_dict() == {"MHA@0": 10, "LN1@0": -40}
-    with pytest.raises(ValueError, match="'head'"):
+    with pytest.raises(ValueError, match="'head' on t"):
         gains(runs[runs.component != "head"])
+    with pytest.raises(ValueError, match="seeds \\[0, 1\\]"):
+        gains(runs.assign(seed=[0, 0, 0, 0, 1]))
+
+
+def test_intervals_are_students():
+    v = [1.0, 2.5, 0.0, 4.0, 3.0]
+    low, high = stats.t.interval(0.95, len(v) - 1, np.mean(v), stats.sem(v))
+    assert mean_interval(v) == pytest.approx((np.mean(v), low, high))
 
 
 def test_short_runs_take_the_lowest_loss_over_rates_at_a_step():

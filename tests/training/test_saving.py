@@ -1,5 +1,6 @@
 """A saved run: the same logits to the last bit on every architecture, refused upon other weights, damaged files named."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -175,9 +176,10 @@ def test_folders_called_like_classes_are_labels(run, stripes, tmp_path):
     assert table.to_numpy().sum() == 6
     (tmp_path / "other").mkdir()
     (tmp_path / "other/1.png").write_bytes((tmp_path / run.classes[0]).glob("*.png").__next__().read_bytes())
-    assert "label" not in predict(run, tmp_path)
+    with pytest.raises(ValueError, match="'other', none of"):
+        predict(run, tmp_path)
     with pytest.raises(ValueError, match="classes are not known"):
-        confusion(run, tmp_path)
+        confusion(run, tmp_path / "other")
 
 
 def test_confusion_against_scikit_learn(run, stripes):
@@ -194,7 +196,8 @@ def test_pictures_that_cannot_be_read(run, tmp_path):
     (tmp_path / "bad.png").write_text("no picture")
     with pytest.raises(ValueError, match="bad.png: not a readable image.*skip_corrupt=True"):
         predict(run, tmp_path)
-    assert predict(run, tmp_path, skip_corrupt=True).file.tolist() == [str(tmp_path / "good.png")]
+    with pytest.warns(UserWarning, match="1 of 2 pictures cannot be read, first .*bad.png"):
+        assert predict(run, tmp_path, skip_corrupt=True).file.tolist() == [str(tmp_path / "good.png")]
     with pytest.raises(FileNotFoundError, match="no such picture"):
         predict(run, tmp_path / "nowhere")
     with pytest.raises(TypeError, match="picture 1 is a int"):
@@ -235,3 +238,32 @@ def test_merged_for_timm_and_transformers(stripes, tmp_path):
 def test_a_network_without_a_name_is_not_merged(run, tmp_path):
     with pytest.raises(ValueError, match="no architecture that timm or transformers build by name"):
         merge(run, tmp_path / "x")
+
+
+def test_tensors_and_note_of_two_runs_are_told_apart(run, stripes, tmp_path):
+    other = vp.finetune(headed(), stripes, "MHA@1+LN1", vp.FinetuneConfig(steps=2, eval_every=2, batch_size=8, lr=0.01))
+    run.save(tmp_path / "a")
+    other.save(tmp_path / "b")
+    (tmp_path / "a/trained.safetensors").write_bytes((tmp_path / "b/trained.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="of two runs, .* differs"):
+        vp.load_run(tmp_path / "a", headed())
+    vp.finetune(headed(), stripes, "LN1", CONFIG).save(tmp_path / "c")
+    (tmp_path / "a/trained.safetensors").write_bytes((tmp_path / "c/trained.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="of two runs, .* is in one"):
+        vp.load_run(tmp_path / "a", headed())
+    note = json.loads((tmp_path / "a/run.json").read_text())
+    del note["trained"]
+    (tmp_path / "a/run.json").write_text(json.dumps(note))
+    with pytest.raises(ValueError, match="not the note of a run"):
+        vp.load_run(tmp_path / "a", headed())
+
+
+def test_a_folder_with_other_files_is_left_alone(run, tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds 'picture.png', expected an empty or a new folder"):
+        run.save(tmp_path)
+
+
+def test_the_task_of_other_classes_is_refused(run, stripes):
+    with pytest.raises(ValueError, match="has classes"):
+        predict(run, replace(stripes, classes=("a", "b")))

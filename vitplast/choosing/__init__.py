@@ -9,7 +9,7 @@ __all__ = door(
     __name__,
     criteria="CRITERIA FAMILIES criteria",
     judging=(
-        "chance correlation gains kinds_of lost_by partial_correlation regrets resampled "
+        "chance correlation gains kinds_of lost_by mean_interval partial_correlation regrets "
         "score_table scores short_runs stored_criteria together"
     ),
     budget="budgeted greedy place_sizes",

@@ -7,7 +7,7 @@ __all__ = ['OF_KINDS', 'OF_PLACES', 'WHOLE', 'NORMS', 'FREE', 'PLANNED', 'check_
            'read_advice', 'Advice', 'in_bytes', 'display_advice', 'answer_of', 'advice_text', 'doubts_of', 'advise',
            'tried']
 
-# %% ../../nbs/choosing/advice.ipynb #1e39bd42
+# %% ../../nbs/choosing/advice.ipynb #7419c83a
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -38,7 +38,7 @@ from vitplast.choosing.export import (
 from .rates import rates_of
 from .sample import draw_sample
 
-# %% ../../nbs/choosing/advice.ipynb #b3e839ee
+# %% ../../nbs/choosing/advice.ipynb #f9935bc9
 OF_KINDS, OF_PLACES = "gradient", "weight times gradient"
 WHOLE, NORMS = ("MHA", "FC1", "FC2"), "LN1+LN2"
 FREE = 0.2  # the share that a mixed set may have where nothing limits it
@@ -78,7 +78,7 @@ def score(model, values, selection) -> float:
     atoms = Selection.of(selection, model).atoms
     return float(sum(values[f"{kind}@{block}"] for block, kind in atoms))
 
-# %% ../../nbs/choosing/advice.ipynb #ae91e915
+# %% ../../nbs/choosing/advice.ipynb #c1edd1f5
 def costs(model, selections, images, labels, batch_size, optimizer) -> pd.DataFrame:
     """What training costs: numbers that train (beside the head's), bytes of the
     optimizer's state and of activations for a batch, and the time of a step as a
@@ -117,7 +117,7 @@ def costs(model, selections, images, labels, batch_size, optimizer) -> pd.DataFr
     found["step_time"] /= found.step_time["all"]
     return found.loc[[*selections]]
 
-# %% ../../nbs/choosing/advice.ipynb #3f817621
+# %% ../../nbs/choosing/advice.ipynb #447591ba
 PLANNED = ("optimizer", "steps", "batch_size")  # of the recipe, in a file
 
 
@@ -132,12 +132,16 @@ def read_advice(path) -> dict:
             raise ValueError("expected selection and lr")
         for name in found:
             check_name("setting", name, known)
+        given = {k: v for k, v in found.items() if k in ("lr", *PLANNED)}
+        if not isinstance(found["selection"], str) or isinstance(found["lr"], bool):
+            raise ValueError("expected text as selection, a number as lr")
+        FinetuneConfig.of(given | {"lr": float(found["lr"])})
         found["lr"] = float(found["lr"])
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: no advice ({error})") from None
     return {k: v for k, v in found.items() if k not in ("vitplast", "task")}
 
-# %% ../../nbs/choosing/advice.ipynb #ea1164ac
+# %% ../../nbs/choosing/advice.ipynb #d9c8939f
 @dataclass(eq=False)
 class Advice:
     """Which part of a network to train on a task, at which rate; what `advise`
@@ -188,7 +192,8 @@ class Advice:
 
     def trainer_code(self) -> str:
         "Lines of Python for transformers' Trainer."
-        return trainer_code(self.model, self.rates)
+        optimizer = self.config.optimizer
+        return trainer_code(self.model, self.rates, optimizer=optimizer)
 
     def unfrozen_yaml(self) -> str:
         "The lines `unfrozen_parameters` of an axolotl configuration."
@@ -218,7 +223,7 @@ class Advice:
     def __str__(self):
         return self.text()
 
-# %% ../../nbs/choosing/advice.ipynb #b04d9400
+# %% ../../nbs/choosing/advice.ipynb #13a91947
 def in_bytes(n) -> str:
     "A number of bytes for a person."
     for unit in ("B", "kB", "MB", "GB"):
@@ -262,13 +267,15 @@ def advice_text(advice) -> str:
         "",
         display_advice(advice).to_string(index=False),
         "",
-        f"Best first. optimizer: its state; activations: kept for the way back, {n}"
-        " pictures; step: time against training everything.",
+        "Best first: by validation, if tried; else whole kinds by their gradients,"
+        " a mixed set, norms, the head. parameters: beside the head's; optimizer:"
+        f" its state; activations: kept for the way back, {n} pictures; step: time"
+        " against training everything.",
         *(f"- {doubt}" for doubt in advice.doubts),
     ]
     return "\n".join(lines)
 
-# %% ../../nbs/choosing/advice.ipynb #4fa87a4c
+# %% ../../nbs/choosing/advice.ipynb #39411832
 def doubts_of(table, budget, images, classes) -> tuple:
     "What to keep in mind, in sentences."
     found = []
@@ -367,7 +374,7 @@ def advise(
     advice = Advice(model, task, config, table, places, doubts)
     return tried(advice, attempts, progress) if attempts else advice
 
-# %% ../../nbs/choosing/advice.ipynb #8f58fb2f
+# %% ../../nbs/choosing/advice.ipynb #9ecf579f
 def tried(advice, attempts, progress=False) -> Advice:
     """The advice after short runs of its first candidates, and of the head, each at
     the suggested rate and a third of it: in the order of validation accuracy.
@@ -402,4 +409,12 @@ def tried(advice, attempts, progress=False) -> Advice:
     table = table.sort_values(
         "validation_accuracy", ascending=False, na_position="last", kind="stable"
     )
-    return replace(advice, table=table.reset_index(drop=True), tried=True)
+    doubts = [d for d in advice.doubts if "cannot be told apart" not in d]
+    n = len(advice.task.validation)
+    error = 100 * (0.25 / n) ** 0.5
+    doubts.append(
+        f"Validation has {n:,} pictures: accuracies within {2 * error:.1f} points"
+        " cannot be told apart."
+    )
+    table = table.reset_index(drop=True)
+    return replace(advice, table=table, doubts=tuple(doubts), tried=True)

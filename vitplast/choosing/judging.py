@@ -4,44 +4,50 @@
 
 # %% auto #0
 __all__ = ['gains', 'kinds_of', 'stored_criteria', 'correlation', 'regrets', 'scores', 'score_table', 'chance', 'short_runs',
-           'together', 'lost_by', 'partial_correlation', 'resampled']
+           'together', 'lost_by', 'partial_correlation', 'mean_interval']
 
-# %% ../../nbs/choosing/judging.ipynb #c58d275d
+# %% ../../nbs/choosing/judging.ipynb #f5ab2679
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
 from ..data import task_for
 from ..models import KINDS, load
-from ..runs import Store, model_contents, task_contents
+from ..runs import Store, model_contents, t_interval, task_contents
 from ..theory import MEASURING_VERSION
 from ..training import TRAINING_VERSION, hardware
 from .criteria import criteria
 
-# %% ../../nbs/choosing/judging.ipynb #460cf852
+# %% ../../nbs/choosing/judging.ipynb #15637307
 def gains(runs, by="validation_accuracy", of="test_accuracy") -> pd.DataFrame:
     """Points of accuracy over the head alone, place by place (rows) and task by
     task.
 
     runs: the frame of a sweep with the selection 'head', of one seed; `by` picks
-    the rate of each place, `of` is what is compared. ValueError without 'head'.
+    the rate of each place, `of` is what is compared. ValueError for a task without
+    'head', and for several seeds.
     """
-    if "head" not in set(runs.component):
+    with_head = set(runs.task[runs.component == "head"])
+    if without := sorted(set(runs.task) - with_head):
         raise ValueError(
-            "no runs of selection 'head': expected them, gains are measured from"
-            " there"
+            f"no runs of selection 'head' on {without[0]}: expected them, gains are"
+            " measured from there"
+        )
+    if "seed" in runs and runs.seed.nunique() > 1:
+        raise ValueError(
+            f"runs of seeds {sorted(set(runs.seed))}: expected those of one"
         )
     best = runs.loc[runs.groupby(["task", "component"], sort=False)[by].idxmax()]
     table = 100 * best.pivot(index="component", columns="task", values=of)
     order = [c for c in dict.fromkeys(runs.component) if c != "head"]
     return table.loc[order] - table.loc["head"]
 
-# %% ../../nbs/choosing/judging.ipynb #fbe186a8
+# %% ../../nbs/choosing/judging.ipynb #66e9af6a
 def kinds_of(places) -> pd.Series:
     "The kind of every place, 'MHA' of 'MHA@3'."
     return pd.Series([p.partition("@")[0] for p in places], list(places))
 
-# %% ../../nbs/choosing/judging.ipynb #33f816d9
+# %% ../../nbs/choosing/judging.ipynb #56f906e5
 def stored_criteria(store, name, task, size=None, source=None) -> tuple:
     """What all criteria say about a model on a task, by name, computed unless the
     store has it: a frame place x criterion, and the cost of each in forward passes.
@@ -78,7 +84,7 @@ def stored_criteria(store, name, task, size=None, source=None) -> tuple:
     values = pd.DataFrame(found["values"], found["places"], dtype=float)
     return values, pd.Series(found["passes"])
 
-# %% ../../nbs/choosing/judging.ipynb #03e51bb5
+# %% ../../nbs/choosing/judging.ipynb #825d0e51
 def correlation(values, gain) -> float:
     """Rank correlation over the places where a criterion has numbers; 0 where it
     gives one number to all, NaN below three.
@@ -89,25 +95,27 @@ def correlation(values, gain) -> float:
     return 0.0 if v.nunique() == 1 else float(spearmanr(v, gain[v.index])[0])
 
 
-def regrets(values, gain, rounds=100, seed=0) -> tuple:
-    """Points lost against the best place by the first, and by the best of the first
-    three, of a criterion (two Series by place).
+def regrets(values, gain, seen=None, rounds=100, seed=0) -> tuple:
+    """Points lost against the best place by the first of a criterion, and by the
+    one of its first three that is best by what was `seen` (Series by place; the
+    gain itself, which nobody has, for None).
     """
-    v, lost = values.dropna(), []
-    draw = np.random.default_rng(seed)
+    v, seen = values.dropna(), gain if seen is None else seen
+    tied = v.index[v == v.max()]  # each of them comes first equally often
+    lost, draw = [], np.random.default_rng(seed)
     for _ in range(rounds if v.duplicated().any() else 1):
         mixed = v.sample(frac=1, random_state=draw)
         top = mixed.sort_values(ascending=False, kind="stable").index[:3]
-        lost.append((gain.max() - gain[top[0]], gain.max() - gain[top].max()))
-    return tuple(np.mean(lost, 0))
+        lost.append(gain.max() - gain[seen[top].idxmax()])
+    return float(gain.max() - gain[tied].mean()), float(np.mean(lost))
 
-# %% ../../nbs/choosing/judging.ipynb #6c576349
-def scores(values, gain) -> dict:
+# %% ../../nbs/choosing/judging.ipynb #7eebbc09
+def scores(values, gain, seen=None) -> dict:
     "How well a criterion orders the places of one task: five numbers."
     kinds = kinds_of(gain.index)
     own = [kinds.index[kinds == k] for k in KINDS]
     matrices = kinds.index[~kinds.isin(["LN1", "LN2"])]
-    first, three = regrets(values, gain)
+    first, three = regrets(values, gain, seen)
     within = [correlation(values.reindex(p), gain) for p in own if len(p)]
     known = [r for r in within if not np.isnan(r)]
     return {
@@ -118,20 +126,21 @@ def scores(values, gain) -> dict:
         "best of three": three,
     }
 
-# %% ../../nbs/choosing/judging.ipynb #a5b9c032
-def score_table(values, gain) -> pd.DataFrame:
+# %% ../../nbs/choosing/judging.ipynb #2e4c48b5
+def score_table(values, gain, seen=None) -> pd.DataFrame:
     """Scores by criterion and task (rows) of several criteria.
 
-    values: {task: frame place x criterion}; gain: frame place x task.
+    values: {task: frame place x criterion}; gain, seen: frames place x task.
     """
+    seen = gain if seen is None else seen
     rows = {
-        (c, t): scores(frame[c], gain[t])
+        (c, t): scores(frame[c], gain[t], seen[t])
         for t, frame in values.items()
         for c in frame
     }
     return pd.DataFrame(rows).T.rename_axis(["criterion", "task"])
 
-# %% ../../nbs/choosing/judging.ipynb #4275ab7d
+# %% ../../nbs/choosing/judging.ipynb #9baf871b
 def chance(gain) -> dict:
     "What a random order loses: by its first place, and by the best of three."
     g = np.sort(gain.to_numpy())
@@ -140,7 +149,7 @@ def chance(gain) -> dict:
     share = rank * (rank - 1) / 2 / (n * (n - 1) * (n - 2) / 6)
     return {"first": g[-1] - g.mean(), "best of three": g[-1] - share @ g}
 
-# %% ../../nbs/choosing/judging.ipynb #8f1569cc
+# %% ../../nbs/choosing/judging.ipynb #bfbe1727
 def short_runs(curves, step, lrs) -> pd.DataFrame:
     """What the first steps of runs say about places (rows) on tasks: minus the mean
     training loss of the interval of the history that ends at a step, lowest over
@@ -155,7 +164,7 @@ def short_runs(curves, step, lrs) -> pd.DataFrame:
     lowest = early.groupby(["component", "task"], sort=False).loss.min()
     return -lowest.unstack("task")
 
-# %% ../../nbs/choosing/judging.ipynb #ad5220d2
+# %% ../../nbs/choosing/judging.ipynb #3d935a10
 def together(values, names) -> pd.Series:
     "The mean rank of every place by some criteria (columns of a frame)."
     return values[list(names)].rank(na_option="top").mean(axis=1)
@@ -168,14 +177,14 @@ def lost_by(values, gain, sets, rounds=20) -> pd.DataFrame:
     return pd.DataFrame(
         {
             " + ".join(names): {
-                t: regrets(together(values[t], names), gain[t], rounds)[0]
+                t: regrets(together(values[t], names), gain[t], rounds=rounds)[0]
                 for t in gain
             }
             for names in sets
         }
     )
 
-# %% ../../nbs/choosing/judging.ipynb #731657f5
+# %% ../../nbs/choosing/judging.ipynb #3b6a7147
 def partial_correlation(values, gain, known) -> float:
     "Rank correlation of a criterion with the gain, once another one is known."
     table = pd.concat([values, gain, known], axis=1).dropna().rank()
@@ -184,8 +193,7 @@ def partial_correlation(values, gain, known) -> float:
     return float((r[0, 1] - r[0, 2] * r[1, 2]) / held**0.5)
 
 
-def resampled(values, seed=0, draws=4000) -> tuple:
-    "Mean of numbers, one per task, and a 95% interval that resamples them."
+def mean_interval(values) -> tuple:
+    "Mean of numbers, one per task, and Student's 95% interval of it."
     v = np.asarray(values, float)
-    means = np.random.default_rng(seed).choice(v, (draws, len(v))).mean(1)
-    return (float(v.mean()), *map(float, np.quantile(means, [0.025, 0.975])))
+    return (float(v.mean()), *map(float, t_interval(v)))

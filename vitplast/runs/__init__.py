@@ -21,6 +21,6 @@ __all__ = door(
     check="PUBLISHED_SEEDS check check_text published_results published_table welch",
     stats=(
         "SELECTIONS accuracy_table best_rates chosen compare corrected friedman "
-        "on_edge rank_correlation rate_gaps relative_gain summarise"
+        "on_edge rank_correlation rate_gaps relative_gain summarise t_interval"
     ),
 )

@@ -6,7 +6,8 @@
 __all__ = ['in_folder', 'sources_of', 'decoded_batches', 'probabilities', 'predict', 'of_split', 'as_frame', 'confusion',
            'confusion_of', 'per_class']
 
-# %% ../../nbs/training/predicting.ipynb #23f72255
+# %% ../../nbs/training/predicting.ipynb #788b6c24
+import warnings
 from pathlib import Path
 from unicodedata import normalize
 
@@ -22,7 +23,7 @@ from ..files import check_count
 from ..models import anatomy, evaluating, prepare
 from .recipe import precision
 
-# %% ../../nbs/training/predicting.ipynb #4c81ae49
+# %% ../../nbs/training/predicting.ipynb #a1443e17
 def in_folder(path, classes) -> tuple:
     "Files below a folder, or one file, and the classes of their folders, or None."
     if path.is_file():
@@ -33,8 +34,14 @@ def in_folder(path, classes) -> tuple:
     if not files:
         raise ValueError(f"{path}: holds no pictures")
     names = [normalize("NFC", f.relative_to(path).parts[0]) for f in files]
-    known = [name in classes for name in names]
-    return files, names if all(known) else None
+    known = {name for name in names if name in classes}
+    if known and (strange := sorted(set(names) - known)):
+        raise ValueError(
+            f"{path}: holds {sorted(known)[0]!r}, a class, and {strange[0]!r}, none"
+            f" of {', '.join(map(repr, classes[:5]))}: expected folders of classes"
+            " alone, or none"
+        )
+    return files, names if known else None
 
 
 def sources_of(pictures, classes) -> tuple:
@@ -56,7 +63,7 @@ def sources_of(pictures, classes) -> tuple:
     names = [str(p) if isinstance(p, Path) else str(i) for i, p in enumerate(found)]
     return found, names, None
 
-# %% ../../nbs/training/predicting.ipynb #3e38cde6
+# %% ../../nbs/training/predicting.ipynb #82a542dd
 def decoded_batches(run, sources, batch, workers, skip_corrupt, max_pixels):
     "Rows, and bytes (n, 3, S, S), of the pictures that can be read."
     size = anatomy(run.model).image_shape[-1]
@@ -82,7 +89,7 @@ def probabilities(run, images) -> torch.Tensor:
     with evaluating(run.model), precision(x, run.bf16):
         return anatomy(run.model).logits(x).float().softmax(1).cpu()
 
-# %% ../../nbs/training/predicting.ipynb #1375ba2c
+# %% ../../nbs/training/predicting.ipynb #27880f0e
 def predict(
     run,
     pictures,
@@ -103,10 +110,16 @@ def predict(
     """
     check_count("batch", batch)
     if isinstance(pictures, Task):
+        if tuple(pictures.classes) != run.classes:
+            raise ValueError(
+                f"task {pictures.name!r} has classes {list(pictures.classes[:3])},"
+                f" ..., the run {list(run.classes[:3])}, ...: expected the same"
+            )
         return of_split(run, pictures.test, every_class, batch)
     sources, names, labels = sources_of(pictures, run.classes)
     found = decoded_batches(run, sources, batch, workers, skip_corrupt, max_pixels)
     rows, said = [], []
+    progress = progress and len(sources) > batch
     with tqdm(total=len(sources), unit="img", disable=not progress) as bar:
         for mine, images in found:
             rows += mine
@@ -114,6 +127,11 @@ def predict(
             bar.update(len(mine))
     if not rows:
         raise ValueError(f"none of {len(sources)} pictures can be read")
+    if gone := sorted(set(range(len(sources))) - set(rows)):
+        warnings.warn(
+            f"{len(gone)} of {len(sources)} pictures cannot be read, first"
+            f" {names[gone[0]]}: left out"
+        )
     labels = None if labels is None else [labels[i] for i in rows]
     return as_frame(
         run, [names[i] for i in rows], torch.cat(said), labels, every_class
@@ -142,7 +160,7 @@ def as_frame(run, names, said, labels, every_class) -> pd.DataFrame:
         found |= {f"p({c})": p for c, p in zip(run.classes, columns)}
     return pd.DataFrame(found)
 
-# %% ../../nbs/training/predicting.ipynb #209bc5d3
+# %% ../../nbs/training/predicting.ipynb #4726826d
 def confusion(run, pictures=None) -> pd.DataFrame:
     """How many pictures of each class (rows) were given each class (columns).
 
@@ -173,9 +191,9 @@ def confusion_of(frame, classes) -> pd.DataFrame:
 
 
 def per_class(table) -> pd.DataFrame:
-    """Of a confusion table, class by class: pictures, share that was found
-    (recall), share of what was called so that is so (precision), and what it is
-    mostly taken for.
+    """Of a confusion table, class by class: pictures; recall, the share of them
+    that was given the class; precision, the share of what was given the class that
+    belongs to it; and the class that they are mostly taken for.
     """
     n, called = table.sum(axis=1), table.sum(axis=0)
     right = pd.Series(np.diag(table), table.index)
