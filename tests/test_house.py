@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p for p in (ROOT / "vitplast").rglob("*.py") if not p.name.startswith("_"))
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {"_build", ".ipynb_checkpoints"} & set(p.parts))
-DEVELOPMENT_ONLY = ("nbdev", "execnb", "fastcore", "IPython", "jupyter_book", "ray", "transformers", "peft", "pytest", "nbformat", "yaml")
+DEVELOPMENT_ONLY = ("nbdev", "execnb", "fastcore", "IPython", "jupyter_book", "ray", "transformers", "peft", "pytest", "nbformat")
 
 
 def read(path):
@@ -97,7 +97,7 @@ def test_links_between_pages_and_citations_resolve():
             assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, f"{path.name}: {target}"
 
 
-OPTIONAL = {"models/huggingface": "text_requirements", "runs/executors": "ray_requirements", "models/focus": "real_requirements"}  # module -> the extra that some of it needs
+OPTIONAL = {"models/huggingface": "text_requirements", "runs/executors": "ray_requirements", "models/focus": "real_requirements", "choosing/export": "peft_requirements"}  # module -> the extra that some of it needs
 
 
 def name_of(path) -> str:
@@ -115,7 +115,7 @@ def test_import_needs_no_development_tool():
 def test_modules_import_only_what_the_package_requires():
     settings = (ROOT / "settings.ini").read_text()
     declared = {k: re.split(r"[<>=]+[^ ]+ ?| ", re.search(rf"^{k} = (.+)$", settings, re.MULTILINE)[1]) for k in ("requirements", *OPTIONAL.values())}
-    always = {*declared["requirements"], "sklearn", "PIL", "vitplast", *sys.stdlib_module_names}
+    always = {*declared["requirements"], "sklearn", "PIL", "yaml", "vitplast", *sys.stdlib_module_names}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []

@@ -114,7 +114,7 @@ CHANGES = {
     "model": "test_vit", "task": "glyphs", "components": "LN1", "size": 70, "normalisation": "published",
     "lr": 0.2, "seed": 5, "steps": 7, "batch_size": 3, "optimizer": "adamw", "momentum": 0.5, "weight_decay": 0.1, "warmup": 0.2, "clip": 2.0,
     "eval_every": 3, "final_norm": True, "accumulate": 2, "bf16": True, "log_every": 2, "watch": ("MHA",),
-    "clip_head": "joint", "head_lr": 0.5,
+    "clip_head": "joint", "head_lr": 0.5, "patience": 2, "class_weights": True,
 }  # fmt: skip
 
 

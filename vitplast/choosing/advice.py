@@ -7,7 +7,7 @@ __all__ = ['OF_KINDS', 'OF_PLACES', 'WHOLE', 'NORMS', 'FREE', 'PLANNED', 'check_
            'read_advice', 'Advice', 'in_bytes', 'display_advice', 'answer_of', 'advice_text', 'doubts_of', 'advise',
            'tried']
 
-# %% ../../nbs/choosing/advice.ipynb #7419c83a
+# %% ../../nbs/choosing/advice.ipynb #55a0b3fa
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -38,7 +38,7 @@ from vitplast.choosing.export import (
 from .rates import rates_of
 from .sample import draw_sample
 
-# %% ../../nbs/choosing/advice.ipynb #f9935bc9
+# %% ../../nbs/choosing/advice.ipynb #9a42d243
 OF_KINDS, OF_PLACES = "gradient", "weight times gradient"
 WHOLE, NORMS = ("MHA", "FC1", "FC2"), "LN1+LN2"
 FREE = 0.2  # the share that a mixed set may have where nothing limits it
@@ -78,7 +78,7 @@ def score(model, values, selection) -> float:
     atoms = Selection.of(selection, model).atoms
     return float(sum(values[f"{kind}@{block}"] for block, kind in atoms))
 
-# %% ../../nbs/choosing/advice.ipynb #c1edd1f5
+# %% ../../nbs/choosing/advice.ipynb #d5135459
 def costs(model, selections, images, labels, batch_size, optimizer) -> pd.DataFrame:
     """What training costs: numbers that train (beside the head's), bytes of the
     optimizer's state and of activations for a batch, and the time of a step as a
@@ -117,7 +117,7 @@ def costs(model, selections, images, labels, batch_size, optimizer) -> pd.DataFr
     found["step_time"] /= found.step_time["all"]
     return found.loc[[*selections]]
 
-# %% ../../nbs/choosing/advice.ipynb #447591ba
+# %% ../../nbs/choosing/advice.ipynb #7a7d4cfd
 PLANNED = ("optimizer", "steps", "batch_size")  # of the recipe, in a file
 
 
@@ -141,7 +141,7 @@ def read_advice(path) -> dict:
         raise ValueError(f"{path}: no advice ({error})") from None
     return {k: v for k, v in found.items() if k not in ("vitplast", "task")}
 
-# %% ../../nbs/choosing/advice.ipynb #d9c8939f
+# %% ../../nbs/choosing/advice.ipynb #1ec11c7c
 @dataclass(eq=False)
 class Advice:
     """Which part of a network to train on a task, at which rate; what `advise`
@@ -223,7 +223,7 @@ class Advice:
     def __str__(self):
         return self.text()
 
-# %% ../../nbs/choosing/advice.ipynb #13a91947
+# %% ../../nbs/choosing/advice.ipynb #bdc16f3f
 def in_bytes(n) -> str:
     "A number of bytes for a person."
     for unit in ("B", "kB", "MB", "GB"):
@@ -275,7 +275,7 @@ def advice_text(advice) -> str:
     ]
     return "\n".join(lines)
 
-# %% ../../nbs/choosing/advice.ipynb #39411832
+# %% ../../nbs/choosing/advice.ipynb #14db94ba
 def doubts_of(table, budget, images, classes) -> tuple:
     "What to keep in mind, in sentences."
     found = []
@@ -374,7 +374,7 @@ def advise(
     advice = Advice(model, task, config, table, places, doubts)
     return tried(advice, attempts, progress) if attempts else advice
 
-# %% ../../nbs/choosing/advice.ipynb #9ecf579f
+# %% ../../nbs/choosing/advice.ipynb #10d404cb
 def tried(advice, attempts, progress=False) -> Advice:
     """The advice after short runs of its first candidates, and of the head, each at
     the suggested rate and a third of it: in the order of validation accuracy.

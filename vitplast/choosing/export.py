@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'check_rates', 'head_rate', 'trained_names', 'names_by_selection', 'gathered', 'as_regex',
            'param_groups', 'lora_targets', 'peft_config', 'unfrozen_yaml', 'trainer_code']
 
-# %% ../../nbs/choosing/export.ipynb #34538e5b
+# %% ../../nbs/choosing/export.ipynb #cde4b39c
 import copy
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch import nn
 from ..files import check_name
 from ..models import Selection, anatomy, chosen_places, unwrapped
 
-# %% ../../nbs/choosing/export.ipynb #a248b25b
+# %% ../../nbs/choosing/export.ipynb #2d6daf72
 def check_rates(rates) -> dict:
     """Learning rates by selection; TypeError or ValueError for anything else."""
     if not isinstance(rates, Mapping) or not rates:
@@ -72,7 +72,7 @@ def names_by_selection(model, rates) -> dict:
             owner[name] = selection
     return found
 
-# %% ../../nbs/choosing/export.ipynb #b5e96aad
+# %% ../../nbs/choosing/export.ipynb #8d907d60
 def gathered(names) -> list:
     "Patterns for names, those that differ in one number as one: (2|5)."
     groups = {}
@@ -114,7 +114,7 @@ def as_regex(model, names) -> str:
         raise ValueError(f"{sorted(wrong)[0]}: no parameter of this model alone")
     return pattern
 
-# %% ../../nbs/choosing/export.ipynb #d8edd9d6
+# %% ../../nbs/choosing/export.ipynb #a11f4749
 def param_groups(model, rates, head_lr=None, base_lr=None) -> list:
     """Parameter groups for an optimizer of torch, one per selection; freezes
     everything else.
@@ -143,7 +143,7 @@ def param_groups(model, rates, head_lr=None, base_lr=None) -> list:
             groups.append({"name": selection, "params": params} | rate)
     return groups
 
-# %% ../../nbs/choosing/export.ipynb #7c595e65
+# %% ../../nbs/choosing/export.ipynb #c9166c68
 def lora_targets(model, selection) -> tuple:
     """Full names of the linear layers of a selection, and of its modules that are
     none (norms).
@@ -166,7 +166,7 @@ def peft_config(model, selection, r=8, **options):
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise ValueError("LoRA needs peft: pip install peft") from None
+        raise ValueError("LoRA needs peft: pip install 'vitplast[peft]'") from None
     model = unwrapped(model)
     ranks = dict(r) if isinstance(r, Mapping) else {selection: r}
     targets, whole = lora_targets(model, selection)
@@ -214,7 +214,7 @@ def peft_config(model, selection, r=8, **options):
         raise ValueError(f"{wrong[0]}: peft would adapt another set of layers")
     return config
 
-# %% ../../nbs/choosing/export.ipynb #65d7b789
+# %% ../../nbs/choosing/export.ipynb #3c3e1be3
 def unfrozen_yaml(model, rates) -> str:
     """The lines `unfrozen_parameters` of an axolotl configuration, with the head;
     axolotl has one rate for all, so that rates are left out.
@@ -256,7 +256,8 @@ def trainer_code(model, rates, head_lr=None, optimizer="adamw") -> str:
             "]",
             "groups = [{'params': [], 'lr': lr} for _, lr in RATES]",
             "for name, p in model.named_parameters():",
-            "    own = [g for g, r in zip(groups, RATES) if re.fullmatch(r[0], name)]",
+            "    own = [g for g, r in zip(groups, RATES)",
+            "           if re.fullmatch(r[0], name)]",
             "    p.requires_grad_(bool(own))",
             "    for group in own:",
             "        group['params'].append(p)",

@@ -7,10 +7,10 @@ from vitplast._door import door
 
 __all__ = door(
     __name__,
-    freezing="trainable training_mode weight_digests",
+    freezing="saved_bytes trainable training_mode weight_digests",
     recipe="FinetuneConfig image_order precision warmup_cosine",
     finetune="Run TRAINING_VERSION decided finetune new_head",
-    batched="finetune_many group_key memory_per_run runs_that_fit saved_bytes",
+    batched="finetune_many group_key memory_per_run runs_that_fit",
     saving="check_base load_run merge read_note save_run",
     predicting="confusion confusion_of per_class predict",
     probe="PROBE_VERSION fit_head head_inputs head_of linear_probe",

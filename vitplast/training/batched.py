@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWN', 'group_key', 'check_group', 'Whole', 'stack_runs', 'stackable_attention', 'per_run', 'norms',
            'StackedOptimizer', 'evaluate_runs', 'loss_of', 'batch_of_runs', 'keep_better', 'train_runs',
-           'finetune_many', 'saved_bytes', 'memory_per_run', 'free_memory', 'runs_that_fit']
+           'finetune_many', 'memory_per_run', 'free_memory', 'runs_that_fit']
 
 # %% ../../nbs/training/batched.ipynb #e1640f21
 import copy
@@ -47,6 +47,7 @@ from vitplast.training.finetune import (
 from vitplast.training.freezing import (
     in_parts,
     n_trained,
+    saved_bytes,
     training_mode,
     weight_digests,
 )
@@ -459,22 +460,6 @@ def finetune_many(
     return runs
 
 # %% ../../nbs/training/batched.ipynb #cf5ca4ce
-def saved_bytes(function, ignored=()) -> int:
-    """Bytes that autograd keeps while `function` runs, each storage once, but for
-    those of some tensors.
-    """
-    kept, own = {}, {t.untyped_storage().data_ptr() for t in ignored}
-
-    def pack(t):
-        if (place := t.untyped_storage().data_ptr()) not in own:
-            kept[place] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        function()
-    return sum(kept.values())
-
-
 def memory_per_run(model, task, selection, config) -> int:
     "Bytes that one more run of a group needs, on the device of the model."
     base = copy.deepcopy(model)

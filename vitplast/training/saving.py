@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'NOTE', 'TENSORS', 'CARD', 'NEEDED', 'RESULTS', 'kept_names', 'json_able', 'as_lists', 'note_of', 'card_of',
            'save_run', 'read_note', 'read_tensors', 'check_base', 'base_of', 'load_run', 'merge']
 
-# %% ../../nbs/training/saving.ipynb #eaa43671
+# %% ../../nbs/training/saving.ipynb #ce317a06
 import copy
 import json
 import math
@@ -25,7 +25,7 @@ from .finetune import Run
 from .freezing import weight_digests
 from .recipe import FinetuneConfig
 
-# %% ../../nbs/training/saving.ipynb #c7378d83
+# %% ../../nbs/training/saving.ipynb #5d779336
 FORMAT = 1
 NOTE, TENSORS, CARD = "run.json", "trained.safetensors", "README.md"
 NEEDED = "vitplast base trained task components classes config results".split()
@@ -89,7 +89,7 @@ def note_of(run) -> dict:
         "history": as_lists(run.history),
     }
 
-# %% ../../nbs/training/saving.ipynb #0e83dc7b
+# %% ../../nbs/training/saving.ipynb #c04c5d83
 def card_of(note) -> str:
     "A model card in Markdown, with the front matter that hubs read."
     base, results, config = note["base"], note["results"], note["config"]
@@ -125,7 +125,7 @@ def card_of(note) -> str:
     ]
     return "\n".join(lines)
 
-# %% ../../nbs/training/saving.ipynb #ea9f2328
+# %% ../../nbs/training/saving.ipynb #9b0fa885
 def save_run(run, folder, overwrite=False) -> Path:
     """Write a run to a folder: trained.safetensors, run.json and a model card;
     returns the folder.
@@ -139,7 +139,8 @@ def save_run(run, folder, overwrite=False) -> Path:
     ours = {NOTE, TENSORS, CARD, "unfinished.safetensors"}
     if folder.exists() and (other := {p.name for p in folder.iterdir()} - ours):
         raise ValueError(
-            f"{folder}: holds {sorted(other)[0]!r}, expected an empty or a new folder"
+            f"{folder}: holds {sorted(other)[0]!r}, expected an empty or a new"
+            " folder"
         )
     if (folder / NOTE).exists() and not overwrite:
         raise ValueError(
@@ -160,7 +161,7 @@ def save_run(run, folder, overwrite=False) -> Path:
             file.write_text(text, encoding="utf-8")
     return folder
 
-# %% ../../nbs/training/saving.ipynb #8dbff326
+# %% ../../nbs/training/saving.ipynb #76d72d0c
 def read_note(folder) -> dict:
     """The note of a saved run; FileNotFoundError where there is none, ValueError
     for one that is damaged or of a later version.
@@ -194,7 +195,7 @@ def read_tensors(folder) -> dict:
             f"{path}: not a complete safetensors file ({error})"
         ) from None
 
-# %% ../../nbs/training/saving.ipynb #5eedbb68
+# %% ../../nbs/training/saving.ipynb #050b31cf
 def check_base(model, note, folder):
     "ValueError unless a model's weights are those that a run was trained upon."
     base = note["base"]
@@ -214,7 +215,7 @@ def check_base(model, note, folder):
             " expected the weights that it began with"
         )
 
-# %% ../../nbs/training/saving.ipynb #d3d2d7cf
+# %% ../../nbs/training/saving.ipynb #ff96d6c1
 def base_of(note, folder) -> nn.Module:
     "The network that a saved run began with, loaded by its name."
     name = note["base"]["model"]
@@ -276,7 +277,7 @@ def load_run(folder, model=None) -> Run:
         **{name: note["results"][name] for name in RESULTS},
     )
 
-# %% ../../nbs/training/saving.ipynb #7321b020
+# %% ../../nbs/training/saving.ipynb #d65dda84
 def merge(run, folder) -> Path:
     """Write a run's whole network so that its own library loads it; returns the
     folder.
