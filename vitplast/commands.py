@@ -245,6 +245,7 @@ def finetune(
     with plain_errors(f"What {save} holds is taken up by the same command."):
         if (save / "run.json").exists() and not overwrite:
             raise ValueError(f"--save {save}: holds a run; --overwrite replaces it")
+        training.check_place(save, overwrite)  # before hours are spent
         asked = {"selection": "MHA", "steps": 240, "batch_size": 32}
         asked |= {"optimizer": "sgd"} | (read_advice(advice) if advice else {})
         given = {"selection": selection, "steps": steps, "batch_size": batch}

@@ -1,6 +1,7 @@
 """A stopped training goes on to the same bits: every optimizer, random numbers, parts of tensors; another one's state is refused."""
 import copy
-from dataclasses import fields
+import sys
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -106,3 +107,17 @@ def test_a_training_that_had_finished_its_steps_only_reads_the_test_pictures(str
     again = vp.finetune(tiny_vit(num_classes=3), stopping(stripes, 0), "LN1", config, unfinished=file)
     np.testing.assert_array_equal(again.history, whole.history)
     assert again.test_accuracy == whole.test_accuracy
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_the_precision_is_that_of_the_beginning(stripes, tmp_path, monkeypatch, began):
+    module, file = sys.modules["vitplast.training.finetune"], tmp_path / "state"
+    config = vp.FinetuneConfig(steps=8, eval_every=2, batch_size=8, bf16="auto")
+    model = tiny_vit(num_classes=3).float()
+    monkeypatch.setattr(module, "decided", lambda m, c: replace(c, bf16=began))
+    whole = vp.finetune(model, stripes, "LN1", config)
+    with pytest.raises(Stopped):
+        vp.finetune(model, stopping(stripes, 5), "LN1", config, unfinished=file)
+    monkeypatch.setattr(module, "decided", lambda m, c: replace(c, bf16=not began))
+    again = vp.finetune(model, stripes, "LN1", config, unfinished=file)
+    assert again.bf16 == began and again.history.equals(whole.history)

@@ -287,8 +287,8 @@ def doubts_of(table, budget, images, classes) -> tuple:
         )
     if budget is not None:
         found.append(
-            "Under a budget no criterion has beaten random places of the same size"
-            " in our runs."
+            "Under a budget no criterion was shown to beat random places of the"
+            " same size in our runs."
         )
     if images < 5 * classes:
         found.append(

@@ -468,6 +468,7 @@ def finetune(
         )
         about = (config, selection.text, task.name, task.train.labels, replaced)
         kept = unfinished and Unfinished(unfinished, what_it_is(*about))
+        used = replace(used, bf16=kept.settled(used.bf16)) if kept else used
         history, best = train(model, task, training, used, shown, compiled, kept)
     for p in training.chosen.values():
         masked(p, None)

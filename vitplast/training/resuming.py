@@ -59,7 +59,13 @@ class Unfinished:
     """
 
     def __init__(self, path, about):
-        self.path, self.name = Path(path), key(about)
+        self.path, self.name, self.bf16 = Path(path), key(about), None
+
+    def settled(self, bf16) -> bool:
+        "What was settled when the training began, whatever this process finds."
+        found = self.read()
+        self.bf16 = found[0]["bf16"] if found else bf16
+        return self.bf16
 
     def write(self, step, rows, readings, best, weights, optimizer, g):
         """Keep the state after a step; best: (step, accuracy, state) or None;
@@ -72,6 +78,7 @@ class Unfinished:
         tensors |= {f"best.{n}": t for n, t in (best.state if best else {}).items()}
         facts = {
             "of": self.name,
+            "bf16": self.bf16,
             "step": step,
             "readings": [[s, *reading] for s, reading in readings.items()],
             "best": [best.step, best.accuracy] if best else None,

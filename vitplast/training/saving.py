@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'NOTE', 'TENSORS', 'CARD', 'NEEDED', 'RESULTS', 'kept_names', 'json_able', 'as_lists', 'note_of', 'card_of',
-           'save_run', 'read_note', 'read_tensors', 'check_base', 'base_of', 'load_run', 'merge']
+           'check_place', 'save_run', 'read_note', 'read_tensors', 'check_base', 'base_of', 'load_run', 'merge']
 
 # %% ../../nbs/training/saving.ipynb #ce317a06
 import copy
@@ -126,13 +126,8 @@ def card_of(note) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/training/saving.ipynb #9b0fa885
-def save_run(run, folder, overwrite=False) -> Path:
-    """Write a run to a folder: trained.safetensors, run.json and a model card;
-    returns the folder.
-
-    Each file is replaced in one step, run.json last. ValueError where the folder is
-    a file, holds other files, or holds a run and is not to be overwritten.
-    """
+def check_place(folder, overwrite=False):
+    "ValueError unless a run can be saved in a folder."
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder for the run, found a file")
@@ -147,6 +142,17 @@ def save_run(run, folder, overwrite=False) -> Path:
             f"{folder}: holds a run already, expected another folder, or"
             " overwrite=True"
         )
+
+
+def save_run(run, folder, overwrite=False) -> Path:
+    """Write a run to a folder: trained.safetensors, run.json and a model card;
+    returns the folder.
+
+    Each file is replaced in one step, run.json last. ValueError where the folder is
+    a file, holds other files, or holds a run and is not to be overwritten.
+    """
+    folder = Path(folder)
+    check_place(folder, overwrite)
     note, own = note_of(run), run.model.state_dict()
     # safetensors refuses tensors that share memory
     tensors = {n: own[n].detach().cpu().clone() for n in kept_names(run)}
