@@ -62,7 +62,7 @@ def test_presets_hold_the_published_grid():
 
 
 def test_presets_differ_in_data_only():
-    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 616, "offline-cpu-separate": 308, "real-cpu": 328, "twins-cpu": 688, "twins-real-cpu": 101, "places-cpu": 1488, "places-real-cpu": 2175, "adamw-cpu": 132}
+    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 616, "offline-cpu-separate": 308, "real-cpu": 328, "twins-cpu": 688, "twins-real-cpu": 101, "places-cpu": 1488, "places-real-cpu": 2175, "adamw-cpu": 132, "advice-cpu": 180, "matched-cpu": 792, "peft-cpu": 432, "unions-cpu": 820, "few-cpu": 504, "elsewhere-cpu": 84}
     cpu = all_runs(PRESETS["offline-cpu"])
     assert {r.components for r in cpu} == set(CHOICES) == {"LN1", "MHA", "LN2", "FC1", "FC2", "all", "head"}
     assert len({r.task for r in cpu}) == 11 and len({r.config.lr for r in cpu}) == 4 and len({r.config.seed for r in cpu}) == 2
@@ -114,7 +114,7 @@ CHANGES = {
     "model": "test_vit", "task": "glyphs", "components": "LN1", "size": 70, "normalisation": "published",
     "lr": 0.2, "seed": 5, "steps": 7, "batch_size": 3, "optimizer": "adamw", "momentum": 0.5, "weight_decay": 0.1, "warmup": 0.2, "clip": 2.0,
     "eval_every": 3, "final_norm": True, "accumulate": 2, "bf16": True, "log_every": 2, "watch": ("MHA",),
-    "clip_head": "joint", "head_lr": 0.5, "patience": 2, "class_weights": True,
+    "clip_head": "joint", "head_lr": 0.5, "patience": 2, "class_weights": True, "update": "lora:4", "shots": 3, "also": ("glyphs",),
 }  # fmt: skip
 
 

@@ -147,7 +147,8 @@ class RunConfig:
         model, name = str(self.model), self.task
         name = str(name.resolve() if isinstance(name, Path) else name)
         check_model(model)
-        check_task(name)
+        for each in (name, *self.config.also):
+            check_task(each)
         check_name("normalisation", self.normalisation, NORMALISATIONS)
         model = model if model in named_models() else str(model_source(model))
         name = str(Path(name).resolve()) if suite_of(name) is None else name

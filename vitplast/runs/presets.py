@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'JOINT', 'REAL_CPU', 'REAL_TWICE',
            'TWINS', 'EIGHT', 'BARE', 'WIDE', 'CLIPPED', 'DECADES', 'REAL_BARE', 'REAL_WIDE', 'REAL_JOINT', 'REAL_TWIN',
-           'REAL_DECADES', 'SMALL_LRS', 'LOUD', 'REAL_TASKS', 'REAL_PLACES', 'PRESETS', 'several', 'all_runs',
+           'REAL_DECADES', 'SMALL_LRS', 'LOUD', 'REAL_TASKS', 'REAL_PLACES', 'MATRICES', 'MATCHED', 'FAMILIES', 'SIZED',
+           'PARTS_ALONE', 'CORRUPTED_DIGITS', 'BIASES', 'NORMS', 'LARGER_LRS', 'PEFT', 'PRESETS', 'several', 'all_runs',
            'with_weights', 'read_grids', 'published', 'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled',
-           'real_bare', 'places', 'real_places']
+           'real_bare', 'places', 'real_places', 'through', 'real_through', 'unions', 'thirds']
 
 # %% ../../nbs/runs/presets.ipynb #0b51a301
 import json
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
-from ..data import PAPER, SUITES
+from ..data import OFFLINE, PAPER, SUITES
 from ..files import check_name
 from ..models import CHOICES, FOCUS, KINDS, with_file
 from .grid import Grid, RunConfig
@@ -211,6 +213,55 @@ def real_places(tasks, seed, selections=places(12), lrs=SMALL_LRS) -> Grid:
     grid = real(tasks, (seed,), selections=selections, lrs=lrs)
     return replace(grid, config=REAL_PLACES)
 
+# %% ../../nbs/runs/presets.ipynb #3745c762
+MATRICES = ("MHA", "FC1", "FC2")
+MATCHED = ("clipart", "glyphs", "digits_c/contrast@5")  # of three families
+FAMILIES = ("digits", *MATCHED, "textures")
+SIZED = (1152, 4608, 18_432, 73_728)  # the numbers of a norm in all blocks, times 4
+PARTS_ALONE = ("MHA.proj", "MHA.qkv", "MHA.v", *(f"{k}.bias" for k in MATRICES))
+CORRUPTED_DIGITS = tuple(n for n in OFFLINE if n.startswith("digits_c/"))
+BIASES = "+".join(f"{kind}.bias" for kind in KINDS)  # BitFit
+NORMS = ("LN1", "LN2", "LN1+LN2")
+LARGER_LRS = (0.03, 0.1, 0.3, 1.0)
+PEFT = {  # update -> selections
+    **{f"lora:{r}": ("MHA.q+MHA.v", "MHA+FC1+FC2") for r in (1, 16)},
+    "lora:4": ("MHA.q+MHA.v", "MHA+FC1+FC2", *MATRICES),
+    "ia3": ("MHA.k+MHA.v+FC2",),
+}
+
+
+def through(update, selections, tasks=MATCHED, seeds=(0,), lrs=LARGER_LRS) -> Grid:
+    "Selections that train through an update."
+    config = replace(CPU, update=update)
+    return Grid(
+        tasks,
+        selections=selections,
+        lrs=lrs,
+        seeds=seeds,
+        config=config,
+        extend=True,
+    )
+
+
+def real_through(update, selections, tasks=REAL_TWICE[:1], lrs=LARGER_LRS) -> Grid:
+    "The same on the real network."
+    grid = real(tasks, (0,), selections=selections, lrs=lrs)
+    return replace(grid, config=replace(grid.config, update=update))
+
+
+def unions() -> tuple:
+    "All pairs, triples and quadruples of kinds, and all five."
+    sizes = range(2, len(KINDS) + 1)
+    return tuple("+".join(c) for n in sizes for c in combinations(KINDS, n))
+
+
+def thirds(depth) -> tuple:
+    "Each kind in the early, middle and late third of the blocks."
+    third = depth // 3
+    return tuple(
+        f"{kind}@{i}:{i + third}" for kind in KINDS for i in range(0, depth, third)
+    )
+
 # %% ../../nbs/runs/presets.ipynb #727f7f87
 PRESETS = {
     "paper": (
@@ -359,6 +410,60 @@ PRESETS = {
             lrs=hundredth((0.01, 0.03, 0.1, 0.3)),
             optimizers=("adamw",),
             selections=KINDS,
+        ),
+    ),
+    "advice-cpu": (
+        Grid(
+            SUITES["offline"],
+            selections=("MHA.proj", "all@-2:", "LN1+LN2"),
+            seeds=(0,),
+            config=CPU,
+            extend=True,
+        ),
+        real_places(REAL_TASKS, 0, ("MHA.proj", "all@-2:"), lrs=(0.01, *SMALL_LRS)),
+    ),
+    "matched-cpu": (
+        *(through(f"random:{n}", MATRICES, seeds=(0, 1)) for n in SIZED),
+        *(through(f"columns:{n}", MATRICES) for n in SIZED),
+        *(through(f"lora:{r}", MATRICES) for r in (1, 2, 6, 24)),
+        through(None, (*MATRICES, *NORMS, *PARTS_ALONE, "all", "head")),
+        *(
+            real_through(f"random:{8 * n}", MATRICES)  # 9,216: its norms'
+            for n in SIZED
+        ),
+    ),
+    "peft-cpu": (
+        *(through(update, selections) for update, selections in PEFT.items()),
+        through(None, (BIASES, "LN1+LN2", *CHOICES)),
+        *(
+            real_through(update, selections, REAL_TWICE[:3])
+            for update, selections in PEFT.items()
+            if update != "lora:1"
+        ),
+        real_through(
+            None,
+            (BIASES, "LN1+LN2", *CHOICES),
+            REAL_TWICE[:3],
+            (0.01, *LARGER_LRS[:-1]),
+        ),
+    ),
+    "unions-cpu": (
+        Grid(FAMILIES, selections=unions(), seeds=(0,), config=CPU, extend=True),
+        Grid(FAMILIES, selections=thirds(6), seeds=(0,), config=CPU, extend=True),
+    ),
+    "few-cpu": tuple(
+        Grid(
+            ("digits", "textures"),
+            config=replace(CPU, shots=shots),
+            extend=True,
+        )
+        for shots in (1, 5, 20)
+    ),
+    "elsewhere-cpu": (
+        Grid(
+            ("digits",),
+            config=replace(CPU, also=(*CORRUPTED_DIGITS, "glyphs", "clipart")),
+            extend=True,
         ),
     ),
 }

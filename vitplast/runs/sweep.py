@@ -364,6 +364,7 @@ def run_frame(records) -> pd.DataFrame:
             of_record(r)
             | {name: r[name] for name in out}
             | {"grad_norm": float(np.mean(norms)) if norms else np.nan}
+            | {n: r["config"].get(n) for n in ("update", "shots")}
         )
     return pd.DataFrame(rows)
 

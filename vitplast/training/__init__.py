@@ -7,6 +7,7 @@ from vitplast._door import door
 
 __all__ = door(
     __name__,
+    updates="fused updated",
     freezing="saved_bytes trainable training_mode weight_digests",
     recipe="FinetuneConfig image_order precision warmup_cosine",
     finetune="Run TRAINING_VERSION decided finetune new_head",

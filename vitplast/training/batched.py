@@ -73,10 +73,11 @@ def check_group(configs):
     """ValueError unless the configurations differ in learning rate and seed only,
     and for what needs runs one by one.
     """
-    if configs and (configs[0].patience or configs[0].class_weights):
+    singly = ("patience", "class_weights", "update", "shots")
+    if named := [n for c in configs[:1] for n in singly if getattr(c, n)]:
         raise ValueError(
-            "runs with patience or class weights are trained one by one: expected"
-            " neither in runs of a group"
+            f"runs with {named[0]} are trained one by one: expected none in runs of"
+            " a group"
         )
     for config in configs[1:]:
         if different := sorted(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIMED', 'TRAINING_VERSION', 'UNRECORDED', 'scored', 'evaluate', 'seconds_of_a_step', 'decided', 'Run', 'new_head',
            'Best', 'total_norm', 'own_and_head', 'clipped_together', 'gradient_groups', 'reads', 'as_history',
-           'also_requiring', 'validated', 'weights_of', 'train', 'has_diverged', 'prepared_head', 'what_it_is',
+           'also_requiring', 'validated', 'train', 'read_elsewhere', 'has_diverged', 'prepared_head', 'what_it_is',
            'finetune']
 
 # %% ../../nbs/training/finetune.ipynb #7dc30a03
@@ -24,7 +24,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data import Split, Task, task_for
-from ..models import Selection, anatomy, evaluating, prepare, unwrapped
+from vitplast.models import (
+    Selection,
+    anatomy,
+    chosen_places,
+    evaluating,
+    prepare,
+    unwrapped,
+)
 from vitplast.training.freezing import (
     masked,
     trainable,
@@ -32,7 +39,8 @@ from vitplast.training.freezing import (
     weight_digests,
 )
 from .prefix import reused
-from .probe import fit_head
+from .updates import fused
+from .probe import fit_head, linear_probe
 from .resuming import Unfinished
 from vitplast.training.recipe import (
     FinetuneConfig,
@@ -42,6 +50,8 @@ from vitplast.training.recipe import (
     pieces,
     precision,
     warmup_cosine,
+    weights_of,
+    with_shots,
 )
 
 # %% ../../nbs/training/finetune.ipynb #8a64a310
@@ -141,6 +151,8 @@ class Run:
     # what trained, but for the head: name -> digest of what was there before
     replaced: dict = field(repr=False)
     tested: "Split | None" = field(repr=False)  # the test split
+    # test accuracy on other tasks: see `read_elsewhere`
+    elsewhere: dict = field(default_factory=dict, repr=False)
 
     def record(self) -> dict:
         "What a store keeps: nested lists and dictionaries."
@@ -305,14 +317,6 @@ def validated(model, task, reuse, bf16) -> tuple:
         return scored(batches, reuse.logits, bf16)
 
 
-def weights_of(task, config) -> "torch.Tensor | None":
-    "What a picture of each class counts (classes,); one on average; None for all."
-    if not config.class_weights:
-        return None
-    n = torch.bincount(task.train.labels, minlength=task.n_classes)
-    return len(task.train) / (n.clamp(min=1) * int((n > 0).sum())).float()
-
-
 def train(
     model, task, training, config, tqdm_label=None, compiled=False, unfinished=None
 ) -> tuple:
@@ -404,6 +408,18 @@ def train(
                 unfinished.write(step, rows, readings, best, kept, optimizer, g)
     return as_history(torch.stack(rows), ["loss", *groups], readings, config), best
 
+# %% ../../nbs/training/finetune.ipynb #fddf50b0
+def read_elsewhere(model, task, others) -> dict:
+    """Test accuracy of a trained network on other tasks, by name: of its own head,
+    where the classes are the same, else of a linear probe.
+    """
+    return {
+        name: evaluate(model, other.test)[1]
+        if other.classes == task.classes
+        else linear_probe(model, other)
+        for name, other in others.items()
+    }
+
 # %% ../../nbs/training/finetune.ipynb #e651fae0
 def has_diverged(history) -> bool:
     "Whether a loss, of a batch or of validation, stopped being finite."
@@ -453,19 +469,20 @@ def finetune(
     model, config = unwrapped(model), FinetuneConfig.of(config)
     task = task_for(model, task)
     check_batch(task, config)
+    task = with_shots(task, config)
+    others = {name: task_for(model, name) for name in config.also}
     selection = Selection.of(selection, model)
     started, model = time.monotonic(), copy.deepcopy(model)
     with torch.random.fork_rng():  # dropout draws from torch's global generator
         torch.manual_seed(config.seed)
         chosen = prepared_head(model, task, selection, config)
-        training = trainable(
-            model, chosen, head=config.head_lr != 0, final_norm=config.final_norm
-        )
         shown = selection.text if progress else None
         used = decided(model, config)
-        replaced = weight_digests(
-            model, own_and_head(anatomy(model), training.names)[0]
-        )
+        named = {"head": config.head_lr != 0, "final_norm": config.final_norm}
+        places = chosen_places(chosen, model, **named)
+        replaced = weight_digests(model, own_and_head(anatomy(model), places)[0])
+        update = {"update": config.update, "seed": config.seed}
+        training = trainable(model, chosen, **named, **update)
         about = (config, selection.text, task.name, task.train.labels, replaced)
         kept = unfinished and Unfinished(unfinished, what_it_is(*about))
         used = replace(used, bf16=kept.settled(used.bf16)) if kept else used
@@ -474,6 +491,7 @@ def finetune(
         masked(p, None)
     if best is not None:
         model.load_state_dict(best.state, strict=False)
+    fused(model)
     run = Run(
         task=task.name,
         components=selection.text,
@@ -492,6 +510,7 @@ def finetune(
         classes=tuple(task.classes),
         crop=task.crop,
         replaced=replaced,
+        elsewhere=read_elsewhere(model, task, others),
         tested=task.test,
     )
     if kept:

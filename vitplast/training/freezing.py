@@ -15,6 +15,7 @@ from torch.utils.hooks import unserializable_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..models import Selection, chosen_places, unwrapped
+from .updates import fused, updated
 
 # %% ../../nbs/training/freezing.ipynb #9423df62
 MASKS = WeakIdKeyDictionary()  # parameter -> mask and handle of its hook
@@ -57,11 +58,14 @@ class trainable:
     As a context manager it restores the old state at the end. `names` says what it
     matched, `chosen` holds those parameters by name, `masks` the trained part of
     some. selection: text such as "MHA", "FC1@-2:" or "MHA.v", components of
-    vp.components(model), or several; head, final_norm: train those too. Raises
+    vp.components(model), or several; head, final_norm: train those too; update,
+    seed: what the selection trains through, as in FinetuneConfig. Raises
     ValueError for a selection that cannot be read or trains nothing.
     """
 
-    def __init__(self, model, selection, *, head=True, final_norm=False):
+    def __init__(
+        self, model, selection, *, head=True, final_norm=False, update=None, seed=0
+    ):
         model = unwrapped(model)
         self.selection = Selection.of(selection, model)
         places = chosen_places(self.selection, model, head, final_norm)
@@ -69,6 +73,7 @@ class trainable:
             (p, p.requires_grad, trained_part(p)) for p in model.parameters()
         ]
         self.total = sum(p.numel() for p, *_ in self.before)
+        self.model, places = model, updated(model, places, update, seed)
         self.masks = in_parts(model, places)
         self.chosen = {n: p for n, p in model.named_parameters() if n in places}
         for name, p in model.named_parameters():
@@ -100,6 +105,7 @@ class trainable:
         return self
 
     def __exit__(self, *_):
+        fused(self.model)
         for p, required, mask in self.before:
             p.requires_grad_(required)
             masked(p, mask)

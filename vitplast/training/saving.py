@@ -86,6 +86,7 @@ def note_of(run) -> dict:
         "crop": run.crop,
         "config": asdict(run.config),
         "results": {name: getattr(run, name) for name in RESULTS},
+        "elsewhere": run.elsewhere,
         "history": as_lists(run.history),
     }
 
@@ -280,6 +281,7 @@ def load_run(folder, model=None) -> Run:
         crop=note["crop"],
         replaced={n: note["base"]["weights"][n] for n in kept},
         tested=None,
+        elsewhere=note.get("elsewhere", {}),
         **{name: note["results"][name] for name in RESULTS},
     )
 
