@@ -17,6 +17,7 @@ __all__ = door(
     export=(
         "as_regex param_groups peft_config trained_names trainer_code unfrozen_yaml"
     ),
+    regroup="set_rates",
     callbacks="lightning_callback trainer_callback",
     rates="step_with_head suggest_rates",
 )

@@ -118,7 +118,7 @@ def card_of(note) -> str:
         *("---", *top, "---", ""),
         f"# {name}, finetuned" + f" on {note['task']}" * bool(note["task"]),
         "",
-        f"`{note['components']}` and a new head were trained:"
+        f"`{note['components']}` and the head were trained:"
         f" {results['n_trained']:,} numbers. All other weights are those of"
         f" `{name}`, which this folder does not hold; `run.json` has a digest of"
         f" each of {total} tensors, and another base is refused.",
