@@ -77,6 +77,8 @@ def test_steps_are_those_of_groups_from_the_beginning(name, kind):
         assert found.keys() == right.keys()
         for n in right:
             assert found[n] == pytest.approx(right[n], rel=1e-12, abs=1e-18), (i, n)
+        if plans[0]:
+            assert sorted(plans[0].get_last_lr()) == pytest.approx(sorted(plans[1].get_last_lr()), rel=1e-12)
         advance(model, mine, plans[0], i)
         advance(other, wanted, plans[1], i)
     for (n, p), q in zip(model.named_parameters(), other.parameters()):

@@ -6,7 +6,7 @@
 __all__ = ['network_in', 'n_outputs', 'class_names', 'three', 'facts', 'beside', 'with_head', 'Chosen', 'as_run',
            'lightning_class', 'lightning_callback', 'trainer_class', 'trainer_callback']
 
-# %% ../../nbs/choosing/callbacks.ipynb #a2a0503b
+# %% ../../nbs/choosing/callbacks.ipynb #c4469d3f
 import copy
 import warnings
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from ..files import nearest
 from ..models import Selection, adapter_of, anatomy, unwrapped
 from ..training import Run, check_place, save_run, weight_digests
 
-# %% ../../nbs/choosing/callbacks.ipynb #b3e77433
+# %% ../../nbs/choosing/callbacks.ipynb #16e1eb1e
 def network_in(module, path=None):
     """The network that a module is, or holds: the one of this name in it, or the
     only one that vitplast knows. ValueError where that is none or several.
@@ -56,10 +56,10 @@ def network_in(module, path=None):
         )
     return parts[found[0]]
 
-# %% ../../nbs/choosing/callbacks.ipynb #40620b6f
+# %% ../../nbs/choosing/callbacks.ipynb #a028c90c
 def n_outputs(network) -> int:
-    """How many classes a network tells apart; ValueError unless its head is one that
-    vp.load_run can put on.
+    """How many classes a network tells apart; ValueError unless its head is one
+    that vp.load_run can put on.
     """
     parts, what = anatomy(network), f"this {type(network).__name__}"
     if parts.image_shape is None:
@@ -90,7 +90,8 @@ def class_names(network, n, given=None) -> tuple:
         raise TypeError(f"classes={given!r}: expected a list of {n} names")
     if given is None:
         known = getattr(getattr(network, "config", None), "id2label", None) or {}
-        given = known.values() if len(known) == n else range(n)
+        ordered = [known[key] for key in sorted(known, key=int)]
+        given = ordered if len(known) == n else range(n)
     names = tuple(map(str, given))
     if len(names) != n or len(set(names)) != n:
         raise ValueError(
@@ -99,7 +100,7 @@ def class_names(network, n, given=None) -> tuple:
         )
     return names
 
-# %% ../../nbs/choosing/callbacks.ipynb #11c4f187
+# %% ../../nbs/choosing/callbacks.ipynb #991ba866
 def three(name, values) -> list:
     "Three numbers, one per channel; ValueError for anything else."
     try:
@@ -134,7 +135,7 @@ def facts(network, classes=None, mean=None, std=None, crop=None) -> dict:
         "crop": float(crop),
     }
 
-# %% ../../nbs/choosing/callbacks.ipynb #247d19f0
+# %% ../../nbs/choosing/callbacks.ipynb #4886b6ff
 def beside(module, network, saved) -> list:
     "What trains in a module outside of its network; ValueError if that is saved."
     own = {id(p) for p in network.parameters()}
@@ -145,8 +146,8 @@ def beside(module, network, saved) -> list:
     }
     if found and saved:
         raise ValueError(
-            f"{next(iter(found))} trains outside of the {type(network).__name__} and"
-            " has no place in the folder: expected the network's own head, or"
+            f"{next(iter(found))} trains outside of the {type(network).__name__}"
+            " and has no place in the folder: expected the network's own head, or"
             " requires_grad_(False)"
         )
     return list(found.values())
@@ -161,7 +162,7 @@ def with_head(groups, more, lr) -> list:
         group["params"] = group["params"] + more * (group["name"] == "head")
     return groups
 
-# %% ../../nbs/choosing/callbacks.ipynb #6d542ed3
+# %% ../../nbs/choosing/callbacks.ipynb #34fec997
 @dataclass(eq=False, repr=False)
 class Chosen:
     """A selection in a training loop of others; what both callbacks do."""
@@ -205,7 +206,8 @@ class Chosen:
         self.names = [n for n, p in own.items() if p.requires_grad]
         self.types = {n: p.dtype for n, p in own.items()}
         if self.folder is not None and inner is not self.inner:
-            mean, std = self.mean or mean, self.std or std
+            mean = mean if self.mean is None else self.mean
+            std = std if self.std is None else self.std
             self.facts = facts(inner, self.classes, mean, std, self.crop)
             head = anatomy(inner).head()
             self.base = weight_digests(inner, [n for n in own if n not in head])
@@ -216,13 +218,13 @@ class Chosen:
         for name, p in self.inner.named_parameters():
             if self.base and p.dtype != self.types[name]:
                 raise ValueError(
-                    f"{name} was {self.types[name]} and is {p.dtype}: expected mixed"
-                    " precision, or a network that begins so"
+                    f"{name} was {self.types[name]} and is {p.dtype}: expected"
+                    " mixed precision, or a network that begins so"
                 )
         if self.rates and len(optimizers) != 1:
             raise ValueError(
-                f"{len(optimizers)} optimizers: expected one, or a selection without"
-                " rates"
+                f"{len(optimizers)} optimizers: expected one, or a selection"
+                " without rates"
             )
         check_held(optimizers, self.groups)
         self.optimizer = ", ".join(type(o).__name__ for o in optimizers)
@@ -245,8 +247,8 @@ class Chosen:
         now = weight_digests(self.inner, frozen)
         if moved := [n for n in frozen if now[n] != self.base[n]]:
             warnings.warn(
-                f"{len(moved)} tensors outside of {self.text} are others than at the"
-                f" beginning, first {moved[0]}: saved too"
+                f"{len(moved)} tensors outside of {self.text} are others than at"
+                f" the beginning, first {moved[0]}: saved too"
             )
         replaced = {n: self.base[n] for n in self.base if n in chosen or n in moved}
         rates = self.rates and {g["name"]: float(g["lr"]) for g in self.groups}
@@ -257,7 +259,7 @@ class Chosen:
         run.n_trained = sum(own[n].numel() for n in self.names)
         save_run(run, self.folder, self.overwrite)
 
-# %% ../../nbs/choosing/callbacks.ipynb #86fdbf57
+# %% ../../nbs/choosing/callbacks.ipynb #493b5723
 def as_run(network, text, task, said, replaced, facts) -> Run:
     "What another loop trained as a Run, which shares the network's tensors."
     model = copy.copy(network)
@@ -282,10 +284,10 @@ def as_run(network, text, task, said, replaced, facts) -> Run:
         tested=None,
     )
 
-# %% ../../nbs/choosing/callbacks.ipynb #7e37a3a4
+# %% ../../nbs/choosing/callbacks.ipynb #f1e2f81c
 @lru_cache(maxsize=1)
 def lightning_class():
-    "The callback's class, made when it is first needed; ValueError without lightning."
+    "The callback's class, made when it is needed; ValueError without lightning."
     try:
         from lightning.pytorch import Callback, __version__
     except ImportError:
@@ -340,10 +342,10 @@ def lightning_callback(selection, folder=None, **options):
     """
     return lightning_class()(selection, folder, **options)
 
-# %% ../../nbs/choosing/callbacks.ipynb #aa85c457
+# %% ../../nbs/choosing/callbacks.ipynb #deddbf3a
 @lru_cache(maxsize=1)
 def trainer_class():
-    "The callback's class, made when it is first needed; ValueError without it."
+    "The callback's class, made when it is needed; ValueError without the library."
     try:
         from transformers import TrainerCallback, __version__
     except ImportError:

@@ -6,17 +6,17 @@
 __all__ = ['PER_GROUP', 'OWN_RATES', 'part_of', 'split_groups', 'check_held', 'check_schedule', 'regroup_schedule',
            'about_groups', 'set_rates', 'check_kept']
 
-# %% ../../nbs/choosing/regroup.ipynb #ec868af1
+# %% ../../nbs/choosing/regroup.ipynb #34fad922
 from torch.optim import LBFGS, lr_scheduler
 
-# %% ../../nbs/choosing/regroup.ipynb #508b8f45
+# %% ../../nbs/choosing/regroup.ipynb #834c7bcf
 def part_of(old, rows, group) -> dict:
     "Some parameters of an optimizer's group as a group of another rate."
     start, rate = old.get("initial_lr", old["lr"]), group["lr"]
     if not start:
         raise ValueError(
-            "the optimizer's own rate is 0: expected a positive one, which the rates"
-            " of the selections replace"
+            "the optimizer's own rate is 0: expected a positive one, which the"
+            " rates of the selections replace"
         )
     lr = old["lr"] if start == rate else rate * (old["lr"] / start)
     new = old | {"name": group["name"], "lr": lr}
@@ -27,8 +27,8 @@ def part_of(old, rows, group) -> dict:
 
 
 def split_groups(optimizer, groups) -> tuple:
-    """The groups of an optimizer, split by those of `param_groups`, and for each the
-    number of the one that it was in; what is in no selection is left out.
+    """The groups of an optimizer, split by those of `param_groups`, and for each
+    the number of the one that it was in; what is in no selection is left out.
     """
     owner = {id(p): group for group in groups for p in group["params"]}
     made, origin = [], []
@@ -46,7 +46,7 @@ def split_groups(optimizer, groups) -> tuple:
         new["name"] += f" ({n})" * (n > 1)
     return made, origin
 
-# %% ../../nbs/choosing/regroup.ipynb #11a4a693
+# %% ../../nbs/choosing/regroup.ipynb #cf552ba5
 def check_held(optimizers, groups):
     "ValueError where an optimizer lacks something that is to train."
     held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -58,7 +58,7 @@ def check_held(optimizers, groups):
                 " torch.optim.AdamW(model.parameters())"
             )
 
-# %% ../../nbs/choosing/regroup.ipynb #8b8aafcb
+# %% ../../nbs/choosing/regroup.ipynb #91cb98f3
 PER_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "_last_lr")
 OWN_RATES = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
 
@@ -68,13 +68,13 @@ def check_schedule(schedule):
     name = type(schedule).__name__
     if isinstance(schedule, OWN_RATES):
         raise ValueError(
-            f"{name} has rates of its own: expected another schedule, or a selection"
-            " without rates and one maximum per group"
+            f"{name} has rates of its own: expected another schedule, or a"
+            " selection without rates and one maximum per group"
         )
     if type(schedule).__module__ != lr_scheduler.__name__:
         raise ValueError(
-            f"{name} is no schedule of torch.optim.lr_scheduler: expected one, or an"
-            " optimizer of vitplast.choosing.param_groups(network, rates)"
+            f"{name} is no schedule of torch.optim.lr_scheduler: expected one, or"
+            " an optimizer of vitplast.choosing.param_groups(network, rates)"
         )
     for inner in getattr(schedule, "_schedulers", ()):
         check_schedule(inner)
@@ -92,7 +92,7 @@ def regroup_schedule(schedule, origin, made):
     for inner in getattr(schedule, "_schedulers", ()):
         regroup_schedule(inner, origin, made)
 
-# %% ../../nbs/choosing/regroup.ipynb #91e97d5b
+# %% ../../nbs/choosing/regroup.ipynb #c0266a50
 def about_groups(groups) -> list:
     "What makes two lists of groups the same: rates and parameters."
     return [
@@ -102,8 +102,8 @@ def about_groups(groups) -> list:
 
 
 def set_rates(optimizer, schedules, groups):
-    """Split an optimizer's groups so that each group of `param_groups` trains at its
-    rate, on the schedules that the optimizer has; nothing where they are so.
+    """Split an optimizer's groups so that each group of `param_groups` trains at
+    its rate, on the schedules that the optimizer has; nothing where they are so.
 
     Before any step. ValueError for optimizers and schedules that know no groups.
     """
@@ -122,7 +122,7 @@ def set_rates(optimizer, schedules, groups):
         del optimizer.state[p]
     optimizer.param_groups[:] = made
 
-# %% ../../nbs/choosing/regroup.ipynb #8b12862a
+# %% ../../nbs/choosing/regroup.ipynb #711cfef4
 def check_kept(optimizer, groups):
     "ValueError where a checkpoint has put other rates into an optimizer."
     rates = {id(p): (g["name"], g["lr"]) for g in groups for p in g["params"]}
