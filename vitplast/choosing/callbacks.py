@@ -6,7 +6,7 @@
 __all__ = ['network_in', 'n_outputs', 'class_names', 'three', 'facts', 'beside', 'with_head', 'Chosen', 'as_run',
            'lightning_class', 'lightning_callback', 'trainer_class', 'trainer_callback']
 
-# %% ../../nbs/choosing/callbacks.ipynb #c4469d3f
+# %% ../../nbs/choosing/callbacks.ipynb #fb2977f3
 import copy
 import warnings
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from ..files import nearest
 from ..models import Selection, adapter_of, anatomy, unwrapped
 from ..training import Run, check_place, save_run, weight_digests
 
-# %% ../../nbs/choosing/callbacks.ipynb #16e1eb1e
+# %% ../../nbs/choosing/callbacks.ipynb #ef6c20ca
 def network_in(module, path=None):
     """The network that a module is, or holds: the one of this name in it, or the
     only one that vitplast knows. ValueError where that is none or several.
@@ -56,7 +56,7 @@ def network_in(module, path=None):
         )
     return parts[found[0]]
 
-# %% ../../nbs/choosing/callbacks.ipynb #a028c90c
+# %% ../../nbs/choosing/callbacks.ipynb #fd948641
 def n_outputs(network) -> int:
     """How many classes a network tells apart; ValueError unless its head is one
     that vp.load_run can put on.
@@ -100,7 +100,7 @@ def class_names(network, n, given=None) -> tuple:
         )
     return names
 
-# %% ../../nbs/choosing/callbacks.ipynb #991ba866
+# %% ../../nbs/choosing/callbacks.ipynb #fbd4b0da
 def three(name, values) -> list:
     "Three numbers, one per channel; ValueError for anything else."
     try:
@@ -135,7 +135,7 @@ def facts(network, classes=None, mean=None, std=None, crop=None) -> dict:
         "crop": float(crop),
     }
 
-# %% ../../nbs/choosing/callbacks.ipynb #4886b6ff
+# %% ../../nbs/choosing/callbacks.ipynb #54ddc0f5
 def beside(module, network, saved) -> list:
     "What trains in a module outside of its network; ValueError if that is saved."
     own = {id(p) for p in network.parameters()}
@@ -162,7 +162,7 @@ def with_head(groups, more, lr) -> list:
         group["params"] = group["params"] + more * (group["name"] == "head")
     return groups
 
-# %% ../../nbs/choosing/callbacks.ipynb #34fec997
+# %% ../../nbs/choosing/callbacks.ipynb #8b042da6
 @dataclass(eq=False, repr=False)
 class Chosen:
     """A selection in a training loop of others; what both callbacks do."""
@@ -259,7 +259,7 @@ class Chosen:
         run.n_trained = sum(own[n].numel() for n in self.names)
         save_run(run, self.folder, self.overwrite)
 
-# %% ../../nbs/choosing/callbacks.ipynb #493b5723
+# %% ../../nbs/choosing/callbacks.ipynb #757978ad
 def as_run(network, text, task, said, replaced, facts) -> Run:
     "What another loop trained as a Run, which shares the network's tensors."
     model = copy.copy(network)
@@ -284,7 +284,7 @@ def as_run(network, text, task, said, replaced, facts) -> Run:
         tested=None,
     )
 
-# %% ../../nbs/choosing/callbacks.ipynb #f1e2f81c
+# %% ../../nbs/choosing/callbacks.ipynb #739f4b2f
 @lru_cache(maxsize=1)
 def lightning_class():
     "The callback's class, made when it is needed; ValueError without lightning."
@@ -342,7 +342,7 @@ def lightning_callback(selection, folder=None, **options):
     """
     return lightning_class()(selection, folder, **options)
 
-# %% ../../nbs/choosing/callbacks.ipynb #deddbf3a
+# %% ../../nbs/choosing/callbacks.ipynb #8c8fec10
 @lru_cache(maxsize=1)
 def trainer_class():
     "The callback's class, made when it is needed; ValueError without the library."

@@ -6,10 +6,10 @@
 __all__ = ['PER_GROUP', 'OWN_RATES', 'part_of', 'split_groups', 'check_held', 'check_schedule', 'regroup_schedule',
            'about_groups', 'set_rates', 'check_kept']
 
-# %% ../../nbs/choosing/regroup.ipynb #34fad922
+# %% ../../nbs/choosing/regroup.ipynb #e5f547c0
 from torch.optim import LBFGS, lr_scheduler
 
-# %% ../../nbs/choosing/regroup.ipynb #834c7bcf
+# %% ../../nbs/choosing/regroup.ipynb #bf80d4b7
 def part_of(old, rows, group) -> dict:
     "Some parameters of an optimizer's group as a group of another rate."
     start, rate = old.get("initial_lr", old["lr"]), group["lr"]
@@ -46,7 +46,7 @@ def split_groups(optimizer, groups) -> tuple:
         new["name"] += f" ({n})" * (n > 1)
     return made, origin
 
-# %% ../../nbs/choosing/regroup.ipynb #cf552ba5
+# %% ../../nbs/choosing/regroup.ipynb #d158d159
 def check_held(optimizers, groups):
     "ValueError where an optimizer lacks something that is to train."
     held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
@@ -58,7 +58,7 @@ def check_held(optimizers, groups):
                 " torch.optim.AdamW(model.parameters())"
             )
 
-# %% ../../nbs/choosing/regroup.ipynb #91cb98f3
+# %% ../../nbs/choosing/regroup.ipynb #18d4cc56
 PER_GROUP = ("base_lrs", "lr_lambdas", "min_lrs", "_last_lr")
 OWN_RATES = (lr_scheduler.OneCycleLR, lr_scheduler.CyclicLR)
 
@@ -92,7 +92,7 @@ def regroup_schedule(schedule, origin, made):
     for inner in getattr(schedule, "_schedulers", ()):
         regroup_schedule(inner, origin, made)
 
-# %% ../../nbs/choosing/regroup.ipynb #c0266a50
+# %% ../../nbs/choosing/regroup.ipynb #5bcf5487
 def about_groups(groups) -> list:
     "What makes two lists of groups the same: rates and parameters."
     return [
@@ -122,7 +122,7 @@ def set_rates(optimizer, schedules, groups):
         del optimizer.state[p]
     optimizer.param_groups[:] = made
 
-# %% ../../nbs/choosing/regroup.ipynb #711cfef4
+# %% ../../nbs/choosing/regroup.ipynb #4bf6230c
 def check_kept(optimizer, groups):
     "ValueError where a checkpoint has put other rates into an optimizer."
     rates = {id(p): (g["name"], g["lr"]) for g in groups for p in g["params"]}
