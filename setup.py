@@ -21,6 +21,6 @@ setup(
     package_data={cfg["lib_name"]: ["models/shipped/*", "runs/*.csv"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("text", "ray", "real", "peft", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("text", "ray", "real", "peft", "lightning", "dev")},
     entry_points={"console_scripts": [f"{cfg['lib_name']} = {cfg['lib_name']}.cli:app"]},
 )

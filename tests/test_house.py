@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(p for p in (ROOT / "vitplast").rglob("*.py") if not p.name.startswith("_"))
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {"_build", ".ipynb_checkpoints"} & set(p.parts))
-DEVELOPMENT_ONLY = ("nbdev", "execnb", "fastcore", "IPython", "jupyter_book", "ray", "transformers", "peft", "pytest", "nbformat")
+DEVELOPMENT_ONLY = ("nbdev", "execnb", "fastcore", "IPython", "jupyter_book", "ray", "transformers", "peft", "lightning", "pytest", "nbformat")
 
 
 def read(path):
@@ -97,7 +97,7 @@ def test_links_between_pages_and_citations_resolve():
             assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, f"{path.name}: {target}"
 
 
-OPTIONAL = {"models/huggingface": "text_requirements", "runs/executors": "ray_requirements", "models/focus": "real_requirements", "choosing/export": "peft_requirements"}  # module -> the extra that some of it needs
+OPTIONAL = {"models/huggingface": "text_requirements", "runs/executors": "ray_requirements", "models/focus": "real_requirements", "choosing/export": "peft_requirements", "choosing/callbacks": "lightning_requirements text_requirements"}  # module -> the extras that some of it needs
 
 
 def name_of(path) -> str:
@@ -114,12 +114,13 @@ def test_import_needs_no_development_tool():
 
 def test_modules_import_only_what_the_package_requires():
     settings = (ROOT / "settings.ini").read_text()
-    declared = {k: re.split(r"[<>=]+[^ ]+ ?| ", re.search(rf"^{k} = (.+)$", settings, re.MULTILINE)[1]) for k in ("requirements", *OPTIONAL.values())}
+    declared = {k: re.split(r"[<>=]+[^ ]+ ?| ", re.search(rf"^{k} = (.+)$", settings, re.MULTILINE)[1]) for k in ("requirements", *" ".join(OPTIONAL.values()).split())}
     always = {*declared["requirements"], "sklearn", "PIL", "yaml", "vitplast", *sys.stdlib_module_names}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert {n.split(".")[0] for n in names} <= always | set(declared.get(OPTIONAL.get(name_of(path)), [])), f"{path.name}: {names}"
+            extras = {n for extra in OPTIONAL.get(name_of(path), "").split() for n in declared[extra]}
+            assert {n.split(".")[0] for n in names} <= always | extras, f"{path.name}: {names}"
 
 
 def test_the_public_face_is_functions_where_modules_share_their_names():

@@ -18,7 +18,7 @@ def test_the_wheel_runs_the_demonstration_in_a_clean_environment(tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, *pip, "install", wheel], check=True)
     installed = json.loads(subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True, text=True).stdout)
-    assert not {p["name"].lower() for p in installed} & {"nbdev", "jupyter-book", "ray", "transformers", "peft", "pytest"}
+    assert not {p["name"].lower() for p in installed} & {"nbdev", "jupyter-book", "ray", "transformers", "peft", "lightning", "pytest"}
     every = "import pkgutil, importlib, vitplast\nfor m in pkgutil.walk_packages(vitplast.__path__, 'vitplast.'):\n    m.name.endswith('huggingface') or print(importlib.import_module(m.name).__name__)"
     rooms = subprocess.run([python, "-W", "ignore", "-c", every], cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split()
     here = {str(p.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__") for p in (ROOT / "vitplast").rglob("*.py")}

@@ -1,7 +1,7 @@
 """What to finetune, and at which rate.
 
 `criteria` gives every component of every block 31 numbers that could rank them, `suggest_rates` gives
-every selection a learning rate without a grid."""
+every selection a learning rate without a grid; `lightning_callback` and `trainer_callback` take both into a training loop of others."""
 
 from vitplast._door import door
 
@@ -17,5 +17,7 @@ __all__ = door(
     export=(
         "as_regex param_groups peft_config trained_names trainer_code unfrozen_yaml"
     ),
+    regroup="set_rates",
+    callbacks="lightning_callback trainer_callback",
     rates="step_with_head suggest_rates",
 )

@@ -14,6 +14,6 @@ __all__ = door(
     offline="OFFLINE",
     real="REAL photographs",
     published="PAPER PUBLISHED_NORMALISATION",
-    tasks="SUITES known_as pretraining_images suite_of task task_for tasks",
+    tasks="SUITES crop_of known_as pretraining_images suite_of task task_for tasks",
     measuring="DISTRIBUTIONS FORMULA PHOTOGRAPHS measure measured named_images",
 )

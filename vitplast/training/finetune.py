@@ -130,11 +130,14 @@ UNRECORDED = "model history config classes crop replaced tested".split()
 class Run:
     """One finetuning: what was asked, what happened, and the model at its best
     validation step.
+
+    One that another program trained and a callback saved holds None for what
+    nobody measured, an empty history, and in `config` what that program said.
     """
 
     task: str
     components: str  # the canonical text of the selection
-    config: FinetuneConfig
+    config: "FinetuneConfig | dict"
     history: pd.DataFrame  # columns: see `as_history`
     best_step: int  # that validation picked
     validation_accuracy: float
@@ -161,8 +164,9 @@ class Run:
             for f in fields(self)
             if f.name not in UNRECORDED
         }
+        config = self.config
         return d | {
-            "config": asdict(self.config),
+            "config": config if isinstance(config, dict) else asdict(config),
             "history": self.history.to_dict("list"),
         }
 
