@@ -156,3 +156,58 @@ def test_close_candidates_are_named(advice):
     table = table.assign(criterion=[2.0 ** -i for i in range(len(table))])
     assert not any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3))
     assert any("99 pictures of 30 classes" in d for d in doubts_of(table, None, 99, 30))
+
+
+@pytest.mark.parametrize("size", ["40kB", "0.1MB", "1 MB", "1gb"])
+def test_nothing_needs_more_bytes_than_a_budget(task, size):
+    limit = float(size.lower().rstrip("gmkb ")) * {"k": 1e3, "m": 1e6, "g": 1e9}[size.lower().strip()[-2]]
+    advice = vp.advise(named(), task, size, CONFIG, images=24)
+    assert (advice.table.optimizer_bytes + advice.table.activation_bytes <= limit).all()
+    assert advice.table.selection.iloc[-1] == "head"
+    if size == "1gb":
+        assert {*WHOLE, NORMS} <= {*advice.table.selection}
+    assert (~advice.table.selection.isin([*WHOLE, NORMS, "head"])).sum() <= 1
+
+
+def test_bytes_below_the_smallest_candidate(task):
+    with pytest.raises(ValueError, match="budget=1 kB: the smallest need, of 'head' with 8 pictures in a batch, is .* smaller batches need less"):
+        vp.advise(named(), task, "1kB", CONFIG, images=24)
+
+
+def test_a_share_may_be_text_and_best_is_no_limit(task, advice):
+    assert vp.advise(named(), task, "0.4", CONFIG, images=24).table["share"].max() <= 0.4
+    assert vp.advise(named(), task, "best", CONFIG, images=24).table.selection.tolist() == advice.table.selection.tolist()
+
+
+def test_without_labels_there_are_no_rates(task):
+    one = vp.advise(named(), task, config=CONFIG, images=12, labels=False)
+    relabelled = replace(task, train=Split(task.train.images, task.train.labels.flip(0)))
+    other = vp.advise(named(), relabelled, config=CONFIG, images=12, labels=False)
+    assert one.table.selection.tolist() == other.table.selection.tolist() and one.places.equals(other.places)
+    assert one.selection == "MHA" and one.table.lr.isna().all() and "needs labels" in str(one)
+    assert one.param_names() and one.regex() and one.peft_config(2).r == 2
+    for form in ("yaml", "trainer_code", "param_groups"):
+        with pytest.raises(ValueError, match="advice without labels has no learning rate"):
+            getattr(one, form)()
+    with pytest.raises(ValueError, match="attempts=1 without labels"):
+        vp.advise(named(), task, config=CONFIG, attempts=1, labels=False)
+
+
+def test_without_labels_from_a_folder_in_any_depth(tmp_path):
+    from PIL import Image
+
+    g = np.random.default_rng(0)
+    for i in range(12):
+        file = tmp_path / f"{'deep/er/' * (i % 2)}{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(file)
+    advice = vp.advise(named(), tmp_path, config=CONFIG, images=6, labels=False)
+    assert advice.selection == "MHA" and advice.name == str(tmp_path)
+
+
+def test_rates_of_low_rank_updates_are_those_of_their_matrices(task):
+    plain, low = (suggest_rates(named(), task, ["MHA", "FC1"], replace(CONFIG, update=u), images=24) for u in (None, "lora:4"))
+    assert plain.equals(low)
+    for update, optimizer in (("random:9", "sgd"), ("lora:4", "adamw")):
+        with pytest.raises(ValueError, match=f"update='{update}' with {optimizer}: no rule"):
+            suggest_rates(named(), task, ["MHA"], replace(CONFIG, update=update, optimizer=optimizer))

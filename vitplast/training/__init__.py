@@ -9,7 +9,7 @@ __all__ = door(
     __name__,
     updates="fused updated",
     freezing="saved_bytes trainable training_mode weight_digests",
-    recipe="FinetuneConfig image_order precision warmup_cosine",
+    recipe="FinetuneConfig image_order precision read_update warmup_cosine",
     finetune="Run TRAINING_VERSION decided finetune new_head",
     batched="finetune_many group_key memory_per_run runs_that_fit",
     saving="check_base check_place load_run merge read_note save_run",
