@@ -45,7 +45,7 @@ def caption_of(row) -> str:
     known = isinstance(label, str) and label != row["class"]
     name = "/".join(Path(row["file"]).parts[-2:])
     is_what = f", is {label}" if known else ""
-    return f"{row['class']} {row['probability']:.1%}{is_what}: {name}"
+    return f"called {row['class']} ({row['probability']:.1%}){is_what}: {name}"
 
 
 def gallery_html(rows, sources, crop) -> str:
@@ -61,7 +61,7 @@ def gallery_html(rows, sources, crop) -> str:
 
 # %% ../../nbs/showing/mistakes.ipynb #aeea0362
 def counts_html(table) -> str:
-    "A confusion table, its squares shaded by their share of the row."
+    "A confusion table; a square is the darker, the larger its share of the row."
     share = table.div(table.sum(axis=1).clip(lower=1), axis=0)
     head = "".join(f"<th><span>{html.escape(c)}</span></th>" for c in table)
     body = ""
@@ -70,7 +70,7 @@ def counts_html(table) -> str:
         for name in table:
             n, colour = table.at[label, name], "40,140,90"
             colour = colour if name == label else "210,70,50"
-            shade = f"background:rgba({colour},{0.7 * share.at[label, name]:.2f})"
+            shade = f"background:rgba({colour},{0.7 * share.at[label, name] ** 0.5:.2f})"
             body += f'<td style="{shade}">{n if n else ""}</td>'
         body += "</tr>"
     return (
@@ -145,7 +145,11 @@ def labelled_html(frame, classes, sources, crop) -> tuple:
     shown = show(known, sources, crop)
     shown += f"<h2>Classes, lowest recall first</h2>{classes_html(table)}"
     if len(table) <= SQUARE:
-        shown += f"<h2>Which is taken for which</h2>{counts_html(table)}"
+        shown += "<h2>Which is taken for which</h2>"
+        shown += (
+            '<p class="soft">Rows: what it is; columns: what it was called.</p>'
+        )
+        shown += counts_html(table)
     return said, shown
 
 # %% ../../nbs/showing/mistakes.ipynb #e451c7f0
@@ -203,8 +207,8 @@ def predictions_html(title, run, frame, sources=None) -> str:
 <title>vitplast: {title}</title><style>{CSS}{MORE_CSS}</style></head><body>
 <h1>{title}</h1>
 <p><b>{said}</b></p>
-<p class="soft">Below a picture: the class that was given and its probability, what
-it is, and its file. Pictures are cut to the square that the network saw.</p>
+<p class="soft">Pictures are cut to the square that the network saw. A probability is
+that of the class that the network gave.</p>
 {shown}
 </body></html>
 """
