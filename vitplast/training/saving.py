@@ -234,7 +234,14 @@ def base_of(note, folder) -> nn.Module:
             f"{folder}: was trained upon a {note['base']['class']} that was not"
             " loaded by name: expected it, in Python, as vp.load_run(folder, model)"
         )
-    return load(name, **note["base"]["options"])
+    try:
+        return load(name, **note["base"]["options"])
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder}: was trained upon {name}, which is not found ({error}):"
+            " expected it under another name, --model, or in Python as"
+            " vp.load_run(folder, model)"
+        ) from None
 
 
 def load_run(folder, model=None) -> Run:
