@@ -89,7 +89,9 @@ def decoded_batches(run, sources, batch, workers, skip_corrupt, max_pixels):
         rows, pixels = [], []
         for image, _, wrong in items:
             if wrong and not skip_corrupt:
-                raise ValueError(f"{wrong}. skip_corrupt=True leaves such out")
+                raise ValueError(
+                    f"{wrong}. skip_corrupt=True, or --skip-corrupt, leaves such out"
+                )
             if not wrong:
                 rows.append(row)
                 pixels.append(torch.from_numpy(image))
