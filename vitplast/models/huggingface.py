@@ -305,14 +305,15 @@ def load_transformers(
 # %% ../../nbs/models/huggingface.ipynb #f05d9883
 def take_size(model, size, place):
     "Let a model take images of another size; ValueError where it does not."
-    shape = anatomy(model).image_shape
+    if (shape := anatomy(model).image_shape) is None:
+        raise ValueError(f"{place}: img_size={size}, but it takes no images")
     patch = getattr(model.config, "patch_size", size)
-    if shape and hasattr(model, "pretrained_cfg") and size % patch == 0:
+    if hasattr(model, "pretrained_cfg") and size % patch == 0:
         model.pretrained_cfg |= {"input_size": (3, size, size)}
-    if not shape or anatomy(model).image_shape != (3, size, size):
+    if anatomy(model).image_shape != (3, size, size):
         raise ValueError(
-            f"{place}: img_size={size}, expected {shape and shape[-1]}, the size of"
-            " its images (DINOv2 takes multiples of its patches)"
+            f"{place}: img_size={size}, expected {shape[-1]}, the size of its images"
+            " (DINOv2 takes multiples of its patches)"
         )
 
 # %% ../../nbs/models/huggingface.ipynb #65f14eaf
