@@ -312,8 +312,8 @@ def take_size(model, size, place):
         model.pretrained_cfg |= {"input_size": (3, size, size)}
     if anatomy(model).image_shape != (3, size, size):
         raise ValueError(
-            f"{place}: img_size={size}, expected {shape[-1]}, the size of its images"
-            " (DINOv2 takes multiples of its patches)"
+            f"{place}: img_size={size}, expected {shape[-1]}, the size of its"
+            " images (DINOv2 takes multiples of its patches)"
         )
 
 # %% ../../nbs/models/huggingface.ipynb #65f14eaf

@@ -70,8 +70,9 @@ def counts_html(table) -> str:
         for name in table:
             n, colour = table.at[label, name], "40,140,90"
             colour = colour if name == label else "210,70,50"
-            shade = f"background:rgba({colour},{0.7 * share.at[label, name] ** 0.5:.2f})"
-            body += f'<td style="{shade}">{n if n else ""}</td>'
+            shade = 0.7 * share.at[label, name] ** 0.5
+            style = f"background:rgba({colour},{shade:.2f})"
+            body += f'<td style="{style}">{n if n else ""}</td>'
         body += "</tr>"
     return (
         '<div class="table counts"><table><thead><tr><th>is</th>'
@@ -154,7 +155,7 @@ def labelled_html(frame, classes, sources, crop) -> tuple:
 
 # %% ../../nbs/showing/mistakes.ipynb #e451c7f0
 MORE_CSS = """
-h1, h3, p { overflow-wrap: anywhere; }
+h1, h3, p, figcaption { overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin-bottom: .4rem; }
 .pictures {
   display: grid; gap: 1rem .8rem;
@@ -162,7 +163,7 @@ h3 { font-size: 1rem; margin-bottom: .4rem; }
 }
 .pictures figure { margin: 0; }
 .pictures figure img { width: 96px; height: 96px; }
-.pictures figcaption { overflow-wrap: anywhere; font-size: .8rem; line-height: 1.35; }
+.pictures figcaption { font-size: .8rem; line-height: 1.35; }
 .counts th span { writing-mode: vertical-rl; transform: rotate(180deg); }
 .counts th { vertical-align: bottom; }
 """
@@ -207,8 +208,8 @@ def predictions_html(title, run, frame, sources=None) -> str:
 <title>vitplast: {title}</title><style>{CSS}{MORE_CSS}</style></head><body>
 <h1>{title}</h1>
 <p><b>{said}</b></p>
-<p class="soft">Pictures are cut to the square that the network saw. A probability is
-that of the class that the network gave.</p>
+<p class="soft">Pictures are cut to the square that the network saw. A probability
+is that of the class that the network gave.</p>
 {shown}
 </body></html>
 """

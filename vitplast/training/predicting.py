@@ -90,7 +90,8 @@ def decoded_batches(run, sources, batch, workers, skip_corrupt, max_pixels):
         for image, _, wrong in items:
             if wrong and not skip_corrupt:
                 raise ValueError(
-                    f"{wrong}. skip_corrupt=True, or --skip-corrupt, leaves such out"
+                    f"{wrong}. skip_corrupt=True, or --skip-corrupt, leaves such"
+                    " pictures out"
                 )
             if not wrong:
                 rows.append(row)
@@ -122,8 +123,9 @@ def predict(
     pictures: a file, a folder, a list of files, Pillow images and arrays, or a Task
     (its test split); prepared as in training. Returns a frame: file, class,
     probability; label, where the pictures lie in folders called like classes, or in
-    a task (missing for a picture beside such folders); with every_class a column p(NAME) per class. Pictures are read as they
-    are needed. ValueError for one that cannot be read, unless it is to be skipped.
+    a task (missing for a picture beside such folders); with every_class a column
+    p(NAME) per class. Pictures are read as they are needed. ValueError for one that
+    cannot be read, unless it is to be skipped.
     """
     check_count("batch", batch)
     if isinstance(pictures, Task):
