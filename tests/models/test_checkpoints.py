@@ -280,3 +280,28 @@ def test_image_processors_in_timms_words(processor, expected):
     assert as_pretrained_cfg({"do_normalize": False} | processor)["std"] == (1.0,) * 3
     with pytest.raises(ValueError, match="rescale_factor 1, expected 1/255|rescale_factor 1., expected"):
         as_pretrained_cfg(given | {"rescale_factor": 1})
+
+
+def test_another_size_where_positions_stretch_and_only_there(saved, tmp_path):
+    folder, model = saved
+    size = vp.models.anatomy(vp.load(folder)).image_shape[-1]
+    assert vp.models.anatomy(vp.load(folder, img_size=size)).image_shape[-1] == size
+    patch = vp.load(folder).config.to_dict().get("patch_size", 8)
+    if "dinov2" in type(model).__name__.lower():
+        found = vp.load(folder, img_size=size + patch)
+        assert vp.models.anatomy(found).image_shape == (3, size + patch, size + patch)
+        x = torch.randn(2, 3, size + patch, size + patch)
+        with torch.no_grad():
+            own = vp.load(folder)(x)
+            assert torch.equal(vp.models.anatomy(found).logits(x), own.logits)
+    else:
+        with pytest.raises(ValueError, match=f"img_size={size + patch}, expected {size}, the size of its images"):
+            vp.load(folder, img_size=size + patch)
+    with pytest.raises(ValueError, match=f"img_size={size + 1}, expected {size}"):
+        vp.load(folder, img_size=size + 1)
+
+
+def test_a_network_of_texts_has_no_size_of_images(tmp_path):
+    GPT2Model(GPT2Config(n_embd=12, n_layer=1, n_head=3, n_positions=8, vocab_size=20)).save_pretrained(tmp_path / "gpt")
+    with pytest.raises(ValueError, match="img_size=16, but it takes no images"):
+        vp.load(tmp_path / "gpt", img_size=16)

@@ -121,3 +121,28 @@ def test_the_precision_is_that_of_the_beginning(stripes, tmp_path, monkeypatch, 
     monkeypatch.setattr(module, "decided", lambda m, c: replace(c, bf16=not began))
     again = vp.finetune(model, stripes, "LN1", config, unfinished=file)
     assert again.bf16 == began and again.history.equals(whole.history)
+
+
+def test_the_state_stays_where_the_caller_keeps_it_until_the_run_is_saved(stripes, tmp_path):
+    config, file = vp.FinetuneConfig(steps=4, eval_every=2, batch_size=8), tmp_path / "state"
+    whole = vp.finetune(tiny_vit(num_classes=3), stripes, "LN1", config, unfinished=file, keep_unfinished=True)
+    assert file.exists()
+    again = vp.finetune(tiny_vit(num_classes=3), stopping(stripes, 0), "LN1", config, unfinished=file)
+    assert again.history.equals(whole.history) and not file.exists()
+
+
+def test_a_disk_without_room_is_an_oserror_and_what_was_there_stays(tmp_path):
+    import resource
+
+    from vitplast.training.resuming import write_tensors
+
+    file, limits = tmp_path / "state", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_tensors(file, {"a": torch.ones(3)})
+    before = file.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # the kernel refuses, as for a full disk
+    try:
+        with pytest.raises(OSError, match="state: cannot be written"):
+            write_tensors(file, {"a": torch.ones(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["state"]

@@ -88,7 +88,7 @@ def test_bases_that_are_no_such_network(run, tmp_path):
         vp.load_run(tmp_path, headed(depth=1))
     with pytest.raises(ValueError, match="others, first"):
         vp.load_run(tmp_path, headed(embed_dim=24))
-    with pytest.raises(ValueError, match=r"not loaded by name: expected it, vp.load_run\(folder, model\)"):
+    with pytest.raises(ValueError, match=r"not loaded by name: expected it, in Python, as vp.load_run\(folder, model\)"):
         vp.load_run(tmp_path)
     with pytest.raises(TypeError, match="is a str: expected a network"):
         vp.load_run(tmp_path, "formula-vit")
@@ -118,6 +118,26 @@ def test_damaged_files_are_named(run, tmp_path):
     note.write_text(json.dumps(json.loads(text) | {"format": 99}))
     with pytest.raises(ValueError, match="format 99.* reads 1"):
         vp.load_run(tmp_path / "a", headed())
+
+
+@pytest.mark.parametrize("folder", [5, None, ["a"], b"a"])
+def test_what_is_no_folder_is_named(folder):
+    with pytest.raises(TypeError, match=f"is a {type(folder).__name__}: expected the folder of a saved run"):
+        vp.load_run(folder)
+
+
+def test_a_base_that_has_moved_is_named_with_the_ways_out(tmp_path):
+    from vitplast.models import ViTConfig, build, save
+
+    config = ViTConfig(size=32, width=24, depth=2)
+    save(build(config), config, tmp_path / "base.safetensors")
+    model = vp.load(tmp_path / "base.safetensors")
+    run = vp.finetune(model, vp.task("digits_plain", size=32), "LN1", vp.FinetuneConfig(steps=1, eval_every=1))
+    folder = run.save(tmp_path / "run")
+    (tmp_path / "base.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(ValueError, match=r"base.safetensors, which is not found .*--model, or in Python as vp.load_run\(folder, model\)"):
+        vp.load_run(folder)
+    assert vp.load_run(folder, vp.load(tmp_path / "moved.safetensors")).components == run.components
 
 
 def test_nothing_is_overwritten_unasked(run, tmp_path):
@@ -200,6 +220,8 @@ def test_pictures_that_cannot_be_read(run, tmp_path):
         assert predict(run, tmp_path, skip_corrupt=True).file.tolist() == [str(tmp_path / "good.png")]
     with pytest.raises(FileNotFoundError, match="no such picture"):
         predict(run, tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="pictures=3 is a int: expected a file, a folder, a list of pictures, or a task"):
+        run.predict(3)
     with pytest.raises(TypeError, match="picture 1 is a int"):
         predict(run, [tmp_path / "good.png", 3])
     with pytest.raises(ValueError, match="batch=0"):
@@ -215,7 +237,7 @@ def test_a_run_from_a_folder_has_no_test_pictures(run, tmp_path):
 
 
 def test_merged_for_timm_and_transformers(stripes, tmp_path):
-    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=0)
     run = vp.finetune(model, stripes, "LN1", CONFIG)
@@ -233,6 +255,9 @@ def test_merged_for_timm_and_transformers(stripes, tmp_path):
     x = prepare(run.model, stripes.test.images)
     assert torch.equal(back(x).logits, run.model(x).logits)
     assert back.config.id2label == dict(enumerate(run.classes))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in stripes.test.images]
+    torch.testing.assert_close(processor(pictures, return_tensors="pt").pixel_values, x.float(), atol=1e-6, rtol=0)
 
 
 def test_a_network_without_a_name_is_not_merged(run, tmp_path):
@@ -256,6 +281,13 @@ def test_tensors_and_note_of_two_runs_are_told_apart(run, stripes, tmp_path):
     (tmp_path / "a/run.json").write_text(json.dumps(note))
     with pytest.raises(ValueError, match="not the note of a run"):
         vp.load_run(tmp_path / "a", headed())
+
+
+def test_hidden_files_do_not_count(run, tmp_path):
+    "What a killed process was writing, and the Finder's notes."
+    for name in (".unfinished.safetensors.ab12", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"")
+    assert (run.save(tmp_path) / "run.json").exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(run, tmp_path):

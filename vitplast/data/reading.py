@@ -308,7 +308,9 @@ def decode(
             + "; ..." * (len(bad) > 5)
         )
         if not skip_corrupt:
-            raise ValueError(text + ". Pass skip_corrupt=True to leave them out")
+            raise ValueError(
+                f"{text}. skip_corrupt=True, or --skip-corrupt, leaves them out"
+            )
         warnings.warn(text)
         shorter = new_array(f"{out}.short", len(kept), size)
         shorter[:] = array[: len(kept)]

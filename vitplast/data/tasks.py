@@ -133,9 +133,9 @@ def crop_of(model) -> float:
     return float(about.get("crop_pct") or 1.0)
 
 
-def task_for(model, given) -> Task:
+def task_for(model, given, **options) -> Task:
     """A task, or the task of a name, folder or dataset, in the size of a model's
-    images and cropped as they were.
+    images and cropped as they were; options of these go to `task`.
 
     TypeError for anything else, ValueError for images of another size.
     """
@@ -145,8 +145,14 @@ def task_for(model, given) -> Task:
             f"task {given!r} has images, the model takes token sequences"
         )
     if isinstance(given, (str, Path)) or is_dataset(given):
-        own = is_dataset(given) or known_as(given)[1]
-        given = task(given, expected[-1], **{"crop": crop_of(model)} if own else {})
+        if is_dataset(given) or known_as(given)[1]:
+            options = {"crop": crop_of(model)} | options
+        given = task(given, expected[-1], **options)
+    elif options:
+        raise TypeError(
+            f"task {given!r:.80} takes no {[*options]}: expected a name, a folder,"
+            " or a dataset with them"
+        )
     if not isinstance(given, Task):
         raise TypeError(
             f"task {given!r:.80} is a {type(given).__name__}: expected what vp.task"

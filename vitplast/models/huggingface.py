@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMPLEMENTATIONS', 'VIT', 'DEIT', 'DINOV2', 'REGISTERS', 'CLIP', 'LAYOUTS', 'check_implementation', 'inside',
            'no_head', 'Layout', 'check_block', 'vision_pieces', 'image_size', 'vision_transformer',
-           'transformers_distilled', 'load_transformers', 'check_complete', 'side_of', 'as_pretrained_cfg', 'images_of',
-           'causal_mask', 'conv1d_weights', 'transformers_gpt2', 'byte_tokens']
+           'transformers_distilled', 'load_transformers', 'take_size', 'check_complete', 'side_of', 'as_pretrained_cfg',
+           'images_of', 'causal_mask', 'conv1d_weights', 'transformers_gpt2', 'byte_tokens']
 
 # %% ../../nbs/models/huggingface.ipynb #ed709099
 import re
@@ -259,8 +259,12 @@ def transformers_distilled(model) -> Anatomy:
     )
 
 # %% ../../nbs/models/huggingface.ipynb #f8b959d4
-def load_transformers(place, pretrained=True, num_classes=None) -> nn.Module:
-    "A model of transformers, normalised as its image processor says."
+def load_transformers(
+    place, pretrained=True, num_classes=None, img_size=None
+) -> nn.Module:
+    """A model of transformers, normalised as its image processor says; img_size: of
+    its images, where its positions stretch.
+    """
     repo, _, revision = str(place).partition("@")
     where = {"revision": revision} if revision else {}
     labels = {} if num_classes is None else {"num_labels": num_classes}
@@ -294,7 +298,23 @@ def load_transformers(place, pretrained=True, num_classes=None) -> nn.Module:
         logging.set_verbosity(loud)
     if about := images_of(repo, **where):
         model.pretrained_cfg = about
+    if img_size is not None:
+        take_size(model, img_size, place)
     return model.eval()
+
+# %% ../../nbs/models/huggingface.ipynb #f05d9883
+def take_size(model, size, place):
+    "Let a model take images of another size; ValueError where it does not."
+    if (shape := anatomy(model).image_shape) is None:
+        raise ValueError(f"{place}: img_size={size}, but it takes no images")
+    patch = getattr(model.config, "patch_size", size)
+    if hasattr(model, "pretrained_cfg") and size % patch == 0:
+        model.pretrained_cfg |= {"input_size": (3, size, size)}
+    if anatomy(model).image_shape != (3, size, size):
+        raise ValueError(
+            f"{place}: img_size={size}, expected {shape[-1]}, the size of its"
+            " images (DINOv2 takes multiples of its patches)"
+        )
 
 # %% ../../nbs/models/huggingface.ipynb #65f14eaf
 def check_complete(place, report):

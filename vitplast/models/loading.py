@@ -329,15 +329,15 @@ def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 
     name: a shipped model ("formula-vit"), "focus-vit-small", one that timm knows,
-    one of timm's with a file of weights
-    ("vit_base_patch16_224@mine.safetensors"), a safetensors file of this package,
-    a repository on the hub ("facebook/dinov2-small") or a folder saved from one;
-    "formula-vit*LN1=8" is the same function with other weights (see rescale).
-    timm_kwargs go to timm.create_model: `pretrained=False` for random weights,
-    `checkpoint_path=...` for a file, `num_classes`; models of transformers take
-    `pretrained` and `num_classes`. Raises ValueError for an unknown name (with
-    the nearest known ones) and for a damaged or foreign file, FileNotFoundError
-    for a missing file and for weights that cannot be fetched.
+    one of timm's with a file of weights ("vit_base_patch16_224@mine.safetensors"),
+    a safetensors file of this package, a repository on the hub
+    ("facebook/dinov2-small") or a folder saved from one; "formula-vit*LN1=8" is the
+    same function with other weights (see rescale). timm_kwargs go to
+    timm.create_model: `pretrained=False` for random weights, `checkpoint_path=...`
+    for a file, `num_classes`; models of transformers take `pretrained` and
+    `num_classes`, DINOv2 `img_size`. Raises ValueError for an unknown name (with
+    the nearest known ones) and for a damaged or foreign file, FileNotFoundError for
+    a missing file and for weights that cannot be fetched.
     """
     model = found(name, dict(timm_kwargs))
     base, star, maps = str(name).partition("*")
@@ -397,7 +397,8 @@ def prepare(model, images) -> torch.Tensor:
         raise ValueError(
             f"this {type(model).__name__} does not say how its images are"
             ' normalised: expected model.pretrained_cfg = {"mean": (...), "std":'
-            " (...)} with the numbers of its image processor"
+            " (...)} with the numbers of its image processor, or its"
+            " preprocessor_config.json beside the weights"
         )
     first = next(model.parameters())
     config = resolve_model_data_config(model)

@@ -14,6 +14,7 @@ __all__ = door(
         "training_curves"
     ),
     places="advice_html as_map place_maps",
+    mistakes="mistaken_pairs mistakes predictions_html",
     study="REAL_STUDY Study StudyConfig study summary",
     console="edges_text plan_text sweep_text",
     report="FOOTNOTE difference_noise display_frame findings report_html text_table",

@@ -213,12 +213,14 @@ def figure_html(content, caption) -> str:
     )
 
 
-def table_html(frame) -> str:
-    "The display frame as an HTML table with a dot in each component's colour."
+def table_html(frame, dots=True) -> str:
+    """A frame of strings as an HTML table; dots: before each row one in its
+    component's colour.
+    """
     head = "".join(f"<th>{html.escape(c)}</th>" for c in frame)
     body = ""
     for row in frame.values.tolist():
-        dot = f'<i style="background:{COLOURS.get(row[0], "#999")}"></i>'
+        dot = f'<i style="background:{COLOURS.get(row[0], "#999")}"></i>' * dots
         cells = [dot + html.escape(row[0]), *map(html.escape, row[1:])]
         body += "<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
     return (

@@ -458,16 +458,18 @@ def finetune(
     progress=False,
     compiled=False,
     unfinished=None,
+    keep_unfinished=False,
 ) -> Run:
     """Train a selection and a new head on a task.
 
     task: what vp.task gives, or its name. selection: as in `trainable`; the model
     itself is left alone. compiled: use torch.compile, which takes a minute to
     begin with. unfinished: a file for the state of the training, from which the
-    same call goes on if it was stopped; removed at the end. Returns a Run:
-    .history, .validation_accuracy, .test_accuracy, .model. Raises ValueError where
-    a selection cannot be read or trains nothing, or the images do not fit the
-    model.
+    same call goes on if it was stopped; removed at the end, or, with
+    keep_unfinished, left to the caller, who removes it once the run is saved.
+    Returns a Run: .history, .validation_accuracy, .test_accuracy, .model. Raises
+    ValueError where a selection cannot be read or trains nothing, or the images do
+    not fit the model.
     Source of the recipe: Odonnat et al. 2026.
     """
     model, config = unwrapped(model), FinetuneConfig.of(config)
@@ -517,6 +519,6 @@ def finetune(
         elsewhere=read_elsewhere(model, task, others),
         tested=task.test,
     )
-    if kept:
+    if kept and not keep_unfinished:
         kept.remove()
     return run

@@ -25,7 +25,9 @@ from .recipe import precision
 
 # %% ../../nbs/training/predicting.ipynb #a1443e17
 def in_folder(path, classes) -> tuple:
-    "Files below a folder, or one file, and the classes of their folders, or None."
+    """Files below a folder, or one file, and the classes of their folders: None
+    where they are not known, and for a picture beside them.
+    """
     if path.is_file():
         return [path], None
     if not path.is_dir():
@@ -33,15 +35,23 @@ def in_folder(path, classes) -> tuple:
     files = below(path, is_image)
     if not files:
         raise ValueError(f"{path}: holds no pictures")
-    names = [normalize("NFC", f.relative_to(path).parts[0]) for f in files]
+    parts = [f.relative_to(path).parts for f in files]
+    names = [normalize("NFC", p[0]) if p[1:] else None for p in parts]
     known = {name for name in names if name in classes}
-    if known and (strange := sorted(set(names) - known)):
+    if not known:
+        return files, None
+    if strange := sorted(set(names) - known - {None}):
         raise ValueError(
             f"{path}: holds {sorted(known)[0]!r}, a class, and {strange[0]!r}, none"
             f" of {', '.join(map(repr, classes[:5]))}: expected folders of classes"
             " alone, or none"
         )
-    return files, names if known else None
+    if n := names.count(None):
+        warnings.warn(
+            f"{path}: {n} of {len(files)} pictures lie in no class folder, first"
+            f" {parts[names.index(None)][0]}: predicted without a label"
+        )
+    return files, names
 
 
 def sources_of(pictures, classes) -> tuple:
@@ -53,6 +63,11 @@ def sources_of(pictures, classes) -> tuple:
         return files, list(map(str, files)), labels
     if isinstance(pictures, (Image.Image, np.ndarray)):
         pictures = [pictures]
+    if not hasattr(pictures, "__iter__"):
+        raise TypeError(
+            f"pictures={pictures!r:.80} is a {type(pictures).__name__}: expected a"
+            " file, a folder, a list of pictures, or a task"
+        )
     found = [Path(p) if isinstance(p, (str, Path)) else p for p in pictures]
     for i, p in enumerate(found):
         if not isinstance(p, (Path, Image.Image, np.ndarray)):
@@ -74,7 +89,10 @@ def decoded_batches(run, sources, batch, workers, skip_corrupt, max_pixels):
         rows, pixels = [], []
         for image, _, wrong in items:
             if wrong and not skip_corrupt:
-                raise ValueError(f"{wrong}. skip_corrupt=True leaves such out")
+                raise ValueError(
+                    f"{wrong}. skip_corrupt=True, or --skip-corrupt, leaves such"
+                    " pictures out"
+                )
             if not wrong:
                 rows.append(row)
                 pixels.append(torch.from_numpy(image))
@@ -105,8 +123,9 @@ def predict(
     pictures: a file, a folder, a list of files, Pillow images and arrays, or a Task
     (its test split); prepared as in training. Returns a frame: file, class,
     probability; label, where the pictures lie in folders called like classes, or in
-    a task; with every_class a column p(NAME) per class. Pictures are read as they
-    are needed. ValueError for one that cannot be read, unless it is to be skipped.
+    a task (missing for a picture beside such folders); with every_class a column
+    p(NAME) per class. Pictures are read as they are needed. ValueError for one that
+    cannot be read, unless it is to be skipped.
     """
     check_count("batch", batch)
     if isinstance(pictures, Task):

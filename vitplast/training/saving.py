@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'NOTE', 'TENSORS', 'CARD', 'NEEDED', 'RESULTS', 'kept_names', 'json_able', 'as_lists', 'note_of',
            'recipe_lines', 'card_of', 'check_place', 'save_run', 'read_note', 'read_tensors', 'check_base', 'base_of',
-           'load_run', 'merge']
+           'load_run', 'processor_of', 'merge']
 
 # %% ../../nbs/training/saving.ipynb #ce317a06
 import copy
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import nn
 
@@ -24,6 +24,7 @@ from ..models import anatomy, load, unwrapped
 from .finetune import Run
 from .freezing import weight_digests
 from .recipe import FinetuneConfig
+from .resuming import write_tensors
 
 # %% ../../nbs/training/saving.ipynb #5d779336
 FORMAT = 1
@@ -146,10 +147,11 @@ def check_place(folder, overwrite=False):
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder for the run, found a file")
     ours = {NOTE, TENSORS, CARD, "unfinished.safetensors"}
-    if folder.exists() and (other := {p.name for p in folder.iterdir()} - ours):
+    there = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    # hidden: what a killed process was writing, and the Finder's own
+    if other := sorted(n for n in there - ours if not n.startswith(".")):
         raise ValueError(
-            f"{folder}: holds {sorted(other)[0]!r}, expected an empty or a new"
-            " folder"
+            f"{folder}: holds {other[0]!r}, expected an empty or a new folder"
         )
     if (folder / NOTE).exists() and not overwrite:
         raise ValueError(
@@ -168,11 +170,7 @@ def save_run(run, folder, overwrite=False) -> Path:
     folder = Path(folder)
     check_place(folder, overwrite)
     note, own = note_of(run), run.model.state_dict()
-    # safetensors refuses tensors that share memory
-    tensors = {n: own[n].detach().cpu().clone() for n in kept_names(run)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / TENSORS) as file:
-        save_file(tensors, file)
+    write_tensors(folder / TENSORS, {n: own[n] for n in kept_names(run)})
     for name, text in (
         (CARD, card_of(note)),
         (NOTE, json.dumps(note, indent=1) + "\n"),
@@ -183,9 +181,14 @@ def save_run(run, folder, overwrite=False) -> Path:
 
 # %% ../../nbs/training/saving.ipynb #76d72d0c
 def read_note(folder) -> dict:
-    """The note of a saved run; FileNotFoundError where there is none, ValueError
-    for one that is damaged or of a later version.
+    """The note of a saved run; FileNotFoundError where there is none, TypeError for
+    what is no path, ValueError for one that is damaged or of a later version.
     """
+    if not isinstance(folder, (str, Path)):
+        raise TypeError(
+            f"{folder!r:.80} is a {type(folder).__name__}: expected the folder of a"
+            " saved run"
+        )
     path = Path(folder) / NOTE
     if not path.is_file():
         raise FileNotFoundError(
@@ -242,9 +245,16 @@ def base_of(note, folder) -> nn.Module:
     if name is None:
         raise ValueError(
             f"{folder}: was trained upon a {note['base']['class']} that was not"
-            " loaded by name: expected it, vp.load_run(folder, model)"
+            " loaded by name: expected it, in Python, as vp.load_run(folder, model)"
         )
-    return load(name, **note["base"]["options"])
+    try:
+        return load(name, **note["base"]["options"])
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{folder}: was trained upon {name}, which is not found ({error}):"
+            " expected it under another name, --model, or in Python as"
+            " vp.load_run(folder, model)"
+        ) from None
 
 
 def load_run(folder, model=None) -> Run:
@@ -301,12 +311,33 @@ def load_run(folder, model=None) -> Run:
         **{name: note["results"][name] for name in RESULTS},
     )
 
+# %% ../../nbs/training/saving.ipynb #6a0f490c
+def processor_of(run) -> dict:
+    "How a run's pictures are prepared, as an image processor of transformers."
+    size = anatomy(run.model).image_shape[-1]
+    about = run.model.pretrained_cfg
+    return {
+        "image_processor_type": "BitImageProcessor",  # a centre square, bicubic
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(size / run.crop)},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(about["mean"]),
+        "image_std": list(about["std"]),
+    }
+
 # %% ../../nbs/training/saving.ipynb #d65dda84
 def merge(run, folder) -> Path:
     """Write a run's whole network so that its own library loads it; returns the
     folder.
 
     For timm: timm.create_model("local-dir:FOLDER", pretrained=True); transformers:
+    pipeline("image-classification", FOLDER), or
     AutoModelForImageClassification.from_pretrained(FOLDER). ValueError for other
     networks, and where the folder holds something.
     """
@@ -319,6 +350,8 @@ def merge(run, folder) -> Path:
         model.config.id2label = names
         model.config.label2id = {name: i for i, name in names.items()}
         model.save_pretrained(folder)
+        with replacing(folder / "preprocessor_config.json") as file:
+            file.write_text(json.dumps(processor_of(run), indent=1) + "\n")
     elif module.startswith("timm.") and "architecture" in model.pretrained_cfg:
         from timm.models import save_for_hf
 
