@@ -1,5 +1,7 @@
 """How criteria are judged, against enumeration, residuals and numpy; what a budget buys, against its definition."""
+import json
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from vitplast.choosing import budgeted, chance, correlation, gains, greedy, kinds_of, lost_by, mean_interval, partial_correlation, place_sizes, regrets, score_table, scores, short_runs, together
+from vitplast.choosing import budgeted, chance, correlation, gains, greedy, kinds_of, lost_by, mean_interval, partial_correlation, place_sizes, regrets, score_table, scores, short_runs, standing, together
 from vitplast.models import KINDS, Selection, anatomy
+from vitplast.runs import run_frame, stored_runs
 
 PLACES = [f"{kind}@{block}" for block in range(3) for kind in KINDS]
 
@@ -161,3 +164,48 @@ def test_shares_that_are_none(share):
 def test_a_place_without_a_size():
     with pytest.raises(ValueError, match="none of MHA@0"):
         greedy(pd.Series({"MHA@0": 1.0}), pd.Series({"LN1@0": 3}), 5)
+
+
+def a_run(selection, task, validation, test, lr=0.1, seed=0, **more) -> dict:
+    return {"model": "m", "optimizer": "sgd", "task": task, "component": selection, "lr": lr, "seed": seed, "diverged": False, "validation_accuracy": validation, "test_accuracy": test} | more
+
+
+def test_the_standing_of_a_selection_is_at_rates_by_validation_over_the_tasks_that_both_have():
+    runs = [a_run("MHA", "u", 0.5, 0.60, 0.1), a_run("MHA", "u", 0.4, 0.99, 0.3), a_run("MHA", "v", 0.5, 0.54, seed=0), a_run("MHA", "v", 0.7, 0.56, seed=1)]
+    runs += [a_run("MHA", "w", 0.5, 0.70), a_run("MHA", "x", 0.5, 0.01), a_run("all", "u", 0.1, 0.61), a_run("all", "v", 0.1, 0.5)]
+    runs += [a_run("head", t, 0.3, 0.5) for t in "uvw"]
+    found = standing(pd.DataFrame(runs))
+    assert set(found.index) == {("MHA", "head"), ("MHA", "all"), ("all", "head"), ("head", "all")}
+    assert found.tasks.to_dict() == {("MHA", "head"): 3, ("MHA", "all"): 2, ("all", "head"): 2, ("head", "all"): 2}
+    half = 4.302653 * np.std([10, 5, 20], ddof=1) / 3**0.5  # a table of Student's t, two degrees of freedom
+    assert found.loc[("MHA", "head")].tolist() == pytest.approx([3, 35 / 3, 35 / 3 - half, 35 / 3 + half], abs=1e-4)
+    assert found.loc[("MHA", "all"), "mean"] == pytest.approx((-1 + 5) / 2)
+    assert standing(pd.DataFrame(runs), ["MHA"], ["head"]).index.tolist() == [("MHA", "head")]
+
+
+def test_what_has_no_standing():
+    runs = [a_run("MHA", "u", 0.5, 0.6), a_run("head", "v", 0.5, 0.6)]
+    with pytest.raises(ValueError, match="no task with runs of both MHA and head"):
+        standing(pd.DataFrame(runs), ["MHA"], ["head"])
+    with pytest.raises(ValueError, match="unknown selection 'FC1'"):
+        standing(pd.DataFrame(runs), ["FC1"], ["head"])
+    with pytest.raises(ValueError, match="expected those of one"):
+        standing(pd.DataFrame([a_run("MHA", "u", 0.5, 0.6, recipe=1), a_run("MHA", "u", 0.5, 0.6, recipe=2, steps=3)]).assign(clip_head="joint", head_lr=None))
+    with pytest.raises(ValueError, match="expected rows of one"):
+        standing(pd.DataFrame([a_run("MHA", "u", 0.5, 0.6), a_run("head", "u", 0.5, 0.6, model="n")]))
+
+
+def test_the_standing_in_a_store_is_that_of_its_lines():
+    store = Path(__file__).parents[2] / "nbs/results/offline-cpu-separate"
+    best = {}
+    for line in (store / "runs.jsonl").read_text().splitlines():
+        r = json.loads(line)["record"]
+        cell = best.setdefault((r["task"], r["components"]), [])
+        cell.append((r["diverged"], -r["validation_accuracy"], r["config"]["lr"], 100 * r["test_accuracy"]))
+    tasks = sorted({t for t, _ in best})
+    found = standing(run_frame(stored_runs(store)), [*KINDS, "all"])
+    for one, other in found.index:
+        gain = [min(best[t, one])[-1] - min(best[t, other])[-1] for t in tasks]
+        row = found.loc[(one, other)]
+        assert row.tasks == len(tasks) == 11 and row["mean"] == pytest.approx(np.mean(gain))
+        assert row.high - row["mean"] == pytest.approx(2.228139 * np.std(gain, ddof=1) / 11**0.5, rel=1e-5)

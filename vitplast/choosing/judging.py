@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gains', 'kinds_of', 'stored_criteria', 'correlation', 'regrets', 'scores', 'score_table', 'chance', 'short_runs',
-           'together', 'lost_by', 'partial_correlation', 'mean_interval']
+           'together', 'lost_by', 'partial_correlation', 'mean_interval', 'standing']
 
 # %% ../../nbs/choosing/judging.ipynb #f5ab2679
 import numpy as np
@@ -12,8 +12,16 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from ..data import task_for
+from ..files import check_name
 from ..models import KINDS, load
-from ..runs import Store, model_contents, t_interval, task_contents
+from vitplast.runs import (
+    Store,
+    accuracy_table,
+    model_contents,
+    summarise,
+    t_interval,
+    task_contents,
+)
 from ..theory import MEASURING_VERSION
 from ..training import TRAINING_VERSION, hardware
 from .criteria import criteria
@@ -197,3 +205,27 @@ def mean_interval(values) -> tuple:
     "Mean of numbers, one per task, and Student's 95% interval of it."
     v = np.asarray(values, float)
     return (float(v.mean()), *map(float, t_interval(v)))
+
+# %% ../../nbs/choosing/judging.ipynb #58d5d9b6
+def standing(runs, selections=None, against=("head", "all")) -> pd.DataFrame:
+    """Points of test accuracy that selections gain over others, each at its own
+    rate by validation: mean over tasks with Student's 95% interval.
+
+    runs: the frame of a sweep, of one network and recipe; seeds are averaged.
+    Rows: selection and against, except against itself; columns: tasks (how many
+    have both), mean, low, high. ValueError for a selection without runs, or
+    without a task in common.
+    """
+    table = 100 * accuracy_table(summarise(runs), complete=False)
+    rows = {}
+    for one in table if selections is None else selections:
+        for other in against:
+            for name in (one, other):
+                check_name("selection", name, list(table))
+            gain = (table[one] - table[other]).dropna()
+            if not len(gain):
+                raise ValueError(f"no task with runs of both {one} and {other}")
+            rows[one, other] = (len(gain), *mean_interval(gain))
+    rows = {pair: row for pair, row in rows.items() if len(set(pair)) > 1}
+    found = pd.DataFrame(rows, ["tasks", "mean", "low", "high"]).T
+    return found.rename_axis(["selection", "against"]).astype({"tasks": int})
