@@ -11,7 +11,8 @@ from conftest import tiny_vit
 
 import vitplast as vp
 from vitplast.choosing import budgeted, place_sizes, read_advice, suggest_rates
-from vitplast.choosing.advice import FREE, NORMS, OF_KINDS, OF_PLACES, WHOLE, costs, doubts_of
+from vitplast.choosing.advice import OF_KINDS, OF_PLACES, doubts_of
+from vitplast.choosing.candidates import FREE, NORMS, WHOLE, costs
 from vitplast.data import Split
 from vitplast.models import Selection, prepare
 

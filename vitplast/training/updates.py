@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..models import anatomy
-from .recipe import UPDATES, read_update
+from .recipe import read_update
 
 # %% ../../nbs/training/updates.ipynb #0121582d
 def masks_of(model, places) -> dict:
