@@ -40,6 +40,11 @@ PATHS = {  # every setting that changes what a step computes
     "some blocks": ("all@-2:", {}),
     "everything": ("all", {"lr": 0.03}),
     "head": ("head", {}),
+    "random numbers": ("MHA+LN1", {"update": "random:500"}),
+    "columns": ("FC1", {"update": "columns:1000"}),
+    "low rank": ("MHA+FC2", {"update": "lora:2"}),
+    "factors": ("MHA.k+MHA.v+FC2", {"update": "ia3"}),
+    "few pictures": ("LN2", {"shots": 2}),
 }
 
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['TIMED', 'TRAINING_VERSION', 'UNRECORDED', 'scored', 'evaluate', 'seconds_of_a_step', 'decided', 'Run', 'new_head',
            'Best', 'total_norm', 'own_and_head', 'clipped_together', 'gradient_groups', 'reads', 'as_history',
-           'also_requiring', 'validated', 'train', 'read_elsewhere', 'has_diverged', 'prepared_head', 'what_it_is',
-           'finetune']
+           'also_requiring', 'validated', 'train', 'read_elsewhere', 'has_diverged', 'prepared_head', 'finetune']
 
 # %% ../../nbs/training/finetune.ipynb #7dc30a03
 import copy
@@ -41,7 +40,7 @@ from vitplast.training.freezing import (
 from .prefix import reused
 from .updates import fused
 from .probe import fit_head, linear_probe
-from .resuming import Unfinished
+from .resuming import Unfinished, what_it_is
 from vitplast.training.recipe import (
     FinetuneConfig,
     check_batch,
@@ -440,12 +439,6 @@ def prepared_head(model, task, selection, config) -> Selection:
         return selection
     fit_head(model, task)
     return replace(selection, head=False)
-
-# %% ../../nbs/training/finetune.ipynb #27c6dcfd
-def what_it_is(config, selection, task, labels, replaced) -> dict:
-    "What tells a training from others of other settings, pictures or weights."
-    settings = asdict(config) | {"selection": selection, "task": task}
-    return settings | {"labels": labels.tolist(), "replaced": replaced}
 
 # %% ../../nbs/training/finetune.ipynb #12270218
 @torch.inference_mode(False)  # whatever the caller computes under
