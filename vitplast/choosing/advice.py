@@ -101,10 +101,10 @@ def expected(selection) -> str:
         for mean, low, high in STANDING[selection]
     ]
     return (
-        f"In our runs {selection} gained, in points of test accuracy: on 11 tasks of"
-        f" a small network {said[0]} over the head alone, {said[1]} over everything;"
-        f" on 6 of a real one {said[2]} and {said[3]}, respectively (short runs with"
-        " SGD, 95% over tasks)."
+        f"In our runs {selection} gained, in points of test accuracy: on 11 tasks"
+        f" of a small network {said[0]} over the head alone, {said[1]} over"
+        f" everything; on 6 of a real one {said[2]} and {said[3]}, respectively"
+        " (short runs with SGD, 95% over tasks)."
     )
 
 # %% ../../nbs/choosing/advice.ipynb #1ec11c7c
@@ -263,8 +263,8 @@ def doubts_of(table, budget, images, classes, optimizer, pictures) -> tuple:
         )
     if pictures <= 5 * classes:
         found.append(
-            f"With {pictures} pictures of {classes} classes to train on, the head or"
-            " LN2 was as good as any matrix in our runs."
+            f"With {pictures} pictures of {classes} classes to train on, the head"
+            " or LN2 was as good as any matrix in our runs."
         )
     if images < 5 * classes:
         found.append(

@@ -66,8 +66,8 @@ def check_update(config):
         return
     if read_update(config.update)[0] != "lora" or config.optimizer != "sgd":
         raise ValueError(
-            f"update={config.update!r} with {config.optimizer}: no rule for its rate;"
-            " there is one for lora with sgd"
+            f"update={config.update!r} with {config.optimizer}: no rule for its"
+            " rate; there is one for lora with sgd"
         )
 
 # %% ../../nbs/choosing/rates.ipynb #c1e689e6
@@ -83,8 +83,8 @@ def suggest_rates(
     settled for single components, and a poor guess for "all" and "head".
 
     task: what vp.task gives, or its name. config: the recipe that the rates are
-    for (optimizer, momentum, clip, clip_head, update); its own rate is not read. images:
-    training pictures that are looked at. Returns a frame: selection, lr, and
+    for (optimizer, momentum, clip, clip_head, update); its own rate is not read.
+    images: training pictures that are looked at. Returns a frame: selection, lr, and
     step_rate and gain (nats), those of the best first step. Costs 60 steps of the
     head alone, and a few dozen forward passes of the pictures. Raises what
     `finetune` raises. Source: Theorem 45 of the book.

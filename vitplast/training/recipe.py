@@ -52,9 +52,8 @@ def read_update(text) -> tuple:
         or number[0] == "0"
     ):
         expected = {"ia3": "ia3", "lora": "a rank, as lora:4"}
-        raise ValueError(
-            f"update={text!r}: expected {expected.get(kind, f'how many, as {kind}:1200')}"
-        )
+        expected = expected.get(kind, f"how many, as {kind}:1200")
+        raise ValueError(f"update={text!r}: expected {expected}")
     return kind, int(number)
 
 

@@ -51,8 +51,8 @@ def linear_layers(model, places, update) -> list:
         owner = name.rpartition(".")[0]
         if not isinstance(modules[owner], nn.Linear):
             raise ValueError(
-                f"update={update!r}: {name} is of a {type(modules[owner]).__name__},"
-                " expected a selection of linear layers (MHA, FC1, FC2)"
+                f"update={update!r}: {name} is of a"
+                f" {type(modules[owner]).__name__}, expected a selection of linear layers (MHA, FC1, FC2)"
             )
         found.append(owner)
     return list(dict.fromkeys(found))
