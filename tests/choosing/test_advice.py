@@ -153,10 +153,13 @@ def test_attempts_that_are_none(task):
 
 def test_close_candidates_are_named(advice):
     table = advice.table.assign(criterion=np.linspace(1, 0.9, len(advice.table)))
-    assert any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3))
+    assert any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3, "sgd", 500))
     table = table.assign(criterion=[2.0 ** -i for i in range(len(table))])
-    assert not any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3))
-    assert any("99 pictures of 30 classes" in d for d in doubts_of(table, None, 99, 30))
+    assert not any("cannot be told apart" in d for d in doubts_of(table, None, 99, 3, "sgd", 500))
+    assert any("99 pictures of 30 classes" in d for d in doubts_of(table, None, 99, 30, "sgd", 500))
+    assert any("With AdamW" in d for d in doubts_of(table, None, 99, 3, "adamw", 500))
+    assert any("With 15 pictures of 3 classes" in d for d in doubts_of(table, None, 15, 3, "sgd", 15))
+    assert len(doubts_of(table, None, 99, 3, "sgd", 500)) < len(doubts_of(table, None, 99, 3, "adamw", 15))
 
 
 @pytest.mark.parametrize("size", ["40kB", "0.1MB", "1 MB", "1gb"])

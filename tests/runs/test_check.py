@@ -89,8 +89,8 @@ def test_only_the_published_settings_count(tmp_path):
     other = [replace(run, config=replace(run.config, optimizer="adamw")), replace(run, normalisation="own"), replace(run, model="formula-vit"), shorter]
     with pytest.raises(ValueError, match="no run of the published settings in .*vitplast sweep paper.*found 4 others.*pet"):
         check(write(tmp_path / "others", [record(r, 0.5, 0.5) for r in other]))
-    neutral = replace(run, config=replace(run.config, accumulate=1, bf16=False, log_every=1, watch=("LN1",)))
-    assert set(NEUTRAL) == {"accumulate", "bf16", "log_every", "watch"}
+    neutral = replace(run, config=replace(run.config, accumulate=1, bf16=False, log_every=1, watch=("LN1",), also=("glyphs",)))
+    assert set(NEUTRAL) == {"accumulate", "bf16", "log_every", "watch", "also"}
     twice = [record(run, 0.5, 0.5), record(neutral, 0.5, 0.5)]  # one run, computed in two ways
     old = {k: v for k, v in twice[0]["config"].items() if k not in ("clip_head", "head_lr")}  # before there were these
     older = [record(run, 0.9, 0.9) | {"training": 0}, record(run, 0.5, 0.5) | {"config": old}]

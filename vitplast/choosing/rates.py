@@ -84,9 +84,9 @@ def suggest_rates(
 
     task: what vp.task gives, or its name. config: the recipe that the rates are
     for (optimizer, momentum, clip, clip_head, update); its own rate is not read.
-    images: training pictures that are looked at. Returns a frame: selection, lr, and
-    step_rate and gain (nats), those of the best first step. Costs 60 steps of the
-    head alone, and a few dozen forward passes of the pictures. Raises what
+    images: training pictures that are looked at. Returns a frame: selection, lr,
+    and step_rate and gain (nats), those of the best first step. Costs 60 steps of
+    the head alone, and a few dozen forward passes of the pictures. Raises what
     `finetune` raises. Source: Theorem 45 of the book.
     """
     model, config = unwrapped(model), FinetuneConfig.of(config)

@@ -52,7 +52,8 @@ def linear_layers(model, places, update) -> list:
         if not isinstance(modules[owner], nn.Linear):
             raise ValueError(
                 f"update={update!r}: {name} is of a"
-                f" {type(modules[owner]).__name__}, expected a selection of linear layers (MHA, FC1, FC2)"
+                f" {type(modules[owner]).__name__}, expected a selection of"
+                " linear layers (MHA, FC1, FC2)"
             )
         found.append(owner)
     return list(dict.fromkeys(found))
