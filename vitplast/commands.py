@@ -382,7 +382,7 @@ def predict(
 
     Examples:
 
-    vitplast predict my-run photos/new
+    vitplast predict my-run new
 
     vitplast predict my-run photos/test --out predictions.csv --report errors.html
     """
