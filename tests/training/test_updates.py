@@ -186,7 +186,7 @@ def test_other_tasks_are_read_by_the_same_head_or_a_probe():
         vp.finetune(MODEL, TASK, "FC2", replace(SHORT, also=("glyps",)))
 
 
-@pytest.mark.parametrize("name, value", [("update", "lora:2"), ("shots", 2)])
+@pytest.mark.parametrize("name, value", [("update", "lora:2"), ("shots", 2), ("also", ("glyphs",))])
 def test_runs_together_refuse(name, value):
     with pytest.raises(ValueError, match=f"runs with {name} are trained one by one"):
         finetune_many(MODEL, TASK, "MHA", [replace(SHORT, **{name: value})])

@@ -73,7 +73,7 @@ def check_group(configs):
     """ValueError unless the configurations differ in learning rate and seed only,
     and for what needs runs one by one.
     """
-    singly = ("patience", "class_weights", "update", "shots")
+    singly = ("patience", "class_weights", "update", "shots", "also")
     if named := [n for c in configs[:1] for n in singly if getattr(c, n)]:
         raise ValueError(
             f"runs with {named[0]} are trained one by one: expected none in runs of"

@@ -120,7 +120,10 @@ def with_adapters(model, places, kind, number) -> dict:
     config = peft_settings(model, layers, kind, number)
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(config, model)
+    device = next(model.parameters()).device
+    # what an adapter begins with is the seed's, whatever the device
+    inject_adapter_in_model(config, model.cpu())
+    model.to(device)
     found = {}
     for layer in layers:
         module = model.get_submodule(layer)
