@@ -78,7 +78,7 @@ def task_contents(name) -> "str | int":
     if suite is None:
         version = PICTURES_VERSION["folder"]
         return folder_contents(name) + f"-{version}" * (version > 1)
-    kind = {"offline": "drawn", "real": "real", "paper": "read"}[suite]
+    kind = {"offline": "drawn", "paper": "read"}.get(suite, suite)
     return PICTURES_VERSION[kind]
 
 # %% ../../nbs/runs/grid.ipynb #95fd6bcf
