@@ -58,7 +58,7 @@ def test_drawings_are_labelled_where_they_are(root, monkeypatch):
         for image, mine in zip(images, labels.numpy()):
             seen, grey = by_hand(image), (np.abs(image.numpy().astype(int) - 128) < 2).all(0)
             assert (mine[seen > 0] == seen[seen > 0]).all() and (mine[grey] == 0).all()
-            assert (seen > 0).mean() > 0.05 and grey.mean() > 0.1 and ((seen > 0) | grey).mean() > 0.6
+            assert (seen > 0).any() and grey.mean() > 0.1 and ((seen > 0) | grey).mean() > 0.6
             assert len(np.unique(mine[mine > 0])) == 1
 
 

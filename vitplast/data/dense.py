@@ -17,8 +17,6 @@ from .formula import uniform
 from .offline import ground, to_bytes
 from vitplast.data.reading import (
     PICTURES_VERSION,
-    SPLITS,
-    Task,
     at_most,
     cached,
     rgb,
@@ -27,6 +25,7 @@ from vitplast.data.reading import (
     write_split,
 )
 from .real import find_clipart
+from .splits import SPLITS, Task
 from ..files import key
 
 # %% ../../nbs/data/dense.ipynb #cbaa40e8
