@@ -75,8 +75,8 @@ def task(given, /, size=None, **options) -> Task:
     given: one of a suite's names, or a folder of class folders (always, if it is a
     pathlib.Path), or a table of files and labels (.csv), or a Dataset of torch or
     of Hugging Face, or a dictionary of these by split; size: image side in pixels
-    (default 32 offline and dense, else 224). options, for images from files: workers,
-    skip_corrupt, progress; for your own augment, crop, max_pixels; for datasets
+    (default 32 offline and dense, else 224). options, for images from files:
+    workers, skip_corrupt, progress; for your own augment, crop, max_pixels; for datasets
     image and label, the names of columns, and name; for the published suite root,
     download, stored. Raises ValueError for an unknown name, with the nearest known
     one, and for pictures that are no task; FileNotFoundError that says how to get
