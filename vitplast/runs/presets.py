@@ -466,4 +466,15 @@ PRESETS = {
             extend=True,
         ),
     ),
+    "text-cpu": (
+        Grid(
+            SUITES["text"],
+            models=("byte-gpt",),
+            selections=(*KINDS, "all"),  # its head is its embedding, and stays
+            lrs=LARGER_LRS,
+            seeds=(0, 1),
+            config=CPU,
+            extend=True,
+        ),
+    ),
 }

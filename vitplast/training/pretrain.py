@@ -155,8 +155,9 @@ class Pretraining:
     again.
     """
 
-    # what is counted, what the log's score is, which losses must stay finite
-    counted, scored, finite = "images", "probe", ("shape", "mask")
+    # what is counted, what log and card score, which losses must stay finite
+    counted, scored, measured = "images", "probe", "linear_probe"
+    finite = ("shape", "mask")
 
     def __init__(self, config: PretrainConfig, device="cpu", compiled=False):
         self.start(config, config.vit, device)
@@ -231,7 +232,7 @@ class Pretraining:
                 "a small Vision Transformer pretrained on images drawn by formulas"
                 " (vitplast.data.formula)"
             ),
-            "linear_probe": {
+            self.measured: {
                 "task": "digits",
                 "pretrained": probe(model, config, "test"),
                 "untrained": probe(build(config.vit, config.seed), config, "test"),
