@@ -459,6 +459,11 @@ def transformers_gpt2(model) -> Anatomy:
         model.config.num_labels = model.num_labels = n_classes
 
     def logits(numbers):
+        if body is model:
+            raise TypeError(
+                f"this {type(model).__name__} has no head: expected a"
+                " GPT2LMHeadModel or GPT2ForSequenceClassification"
+            )
         found = model(numbers).logits
         return found if classifies else found.transpose(1, 2)
 
