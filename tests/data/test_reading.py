@@ -328,3 +328,51 @@ def test_decoding_says_how_far_it_is(photos, tmp_path, capsys):
     decode(sorted((photos / "cat").iterdir()), tmp_path / "x.npy", 8, progress=True)
     assert "decoding" in capsys.readouterr().err
     assert len(np.load(tmp_path / "x.npy")) == 10
+
+
+def small_task(images, labels, classes="ab", **changes):
+    split = reading.Split(images, labels)
+    return reading.Task("small", tuple(classes), **{"train": split, "validation": split, "test": split, "test_sources": len(labels)} | changes)
+
+
+PIXELS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+MAPS = torch.arange(32).view(2, 4, 4) % 2
+
+
+def test_labels_may_belong_to_pictures_pixels_or_tokens():
+    assert small_task(PIXELS, MAPS).dense and not small_task(PIXELS, MAPS[:, 0, 0]).dense
+    assert not small_task(torch.zeros(2, 4, dtype=torch.long), MAPS[:, 0]).dense
+
+
+@pytest.mark.parametrize("images, labels, message", [
+    (PIXELS, MAPS[:, :3], r"labels \(2, 3, 4\) of images \(2, 3, 4, 4\), expected one of each, \(2,\), or one of each place, \(2, 4, 4\)"),
+    (PIXELS, MAPS * 0, "no training pixel is of class 'b', expected some of every class"),
+    (PIXELS, MAPS + 1, "labels from 1 to 2, expected 0 to 1"),
+    (PIXELS.float(), MAPS, r"torch.float32, expected bytes \(N, 3, H, W\), or token numbers"),
+    (torch.zeros(2, 5, dtype=torch.long), MAPS[:, 0], r"labels \(2, 4\) of images \(2, 5\), expected one of each"),
+])  # fmt: skip
+def test_labels_that_fit_no_place_are_refused(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        small_task(images, labels)
+
+
+def test_dense_tasks_are_not_augmented_and_splits_are_of_one_kind():
+    crops = RandomCrops(4, torch.ones(2))
+    with pytest.raises(ValueError, match="would move the pictures and not their labels"):
+        small_task(PIXELS, MAPS, augment=crops)
+    with pytest.raises(ValueError, match="expected the same in every split"):
+        small_task(PIXELS, MAPS, test=reading.Split(PIXELS, MAPS[:, 0, 0]))
+
+
+def test_mean_iou_is_that_of_sklearn():
+    from sklearn.metrics import jaccard_score
+
+    g = torch.Generator().manual_seed(0)
+    for classes in (2, 5):
+        labels, said = torch.randint(classes, (2, 7, 6, 6), generator=g)
+        said = torch.where(torch.rand(said.shape, generator=g) < 0.5, labels, said)
+        expected = jaccard_score(labels.flatten(), said.flatten(), average="macro")
+        assert reading.agreement(said, labels) == pytest.approx(expected, rel=1e-12)
+    # a class that is neither there nor predicted counts for nothing
+    assert reading.agreement(labels * 0 + 3, labels * 0 + 3) == 1.0
+    assert reading.agreement(labels[0], labels[0] * 0) == (labels[0] == 0).double().mean()

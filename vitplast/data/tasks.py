@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUITES', 'DECODING', 'FOLDER_OPTIONS', 'DATASET_OPTIONS', 'REAL_OPTIONS', 'PUBLISHED_OPTIONS', 'SIZES', 'suite_of',
-           'known_as', 'task', 'tasks', 'crop_of', 'task_for', 'pretraining_images']
+           'known_as', 'task', 'tasks', 'crop_of', 'check_tokens', 'task_for', 'pretraining_images']
 
 # %% ../../nbs/data/tasks.ipynb #5ef87b4f
 from pathlib import Path
@@ -16,11 +16,11 @@ from .offline import OFFLINE, offline_task, to_bytes
 from .published import PAPER, published_task
 from .datasets import dataset_task, is_dataset
 from .folders import folder_task, is_table
-from .reading import Task
+from .reading import SPLITS, Task
 from .real import REAL, real_task
 from .text import TEXT, text_task
 from ..files import nearest
-from ..models import anatomy, unwrapped
+from ..models import anatomy, check_sequences, unwrapped
 
 # %% ../../nbs/data/tasks.ipynb #8f39695b
 SUITES = {"offline": OFFLINE, "real": REAL, "paper": PAPER, "text": TEXT}
@@ -137,21 +137,39 @@ def crop_of(model) -> float:
     return float(about.get("crop_pct") or 1.0)
 
 
+def check_tokens(parts, given) -> Task:
+    """A task of sequences, if a language model can read them: ValueError for other
+    inputs, and for other classes than its vocabulary where every token has one.
+    """
+    for name in SPLITS:
+        images = getattr(given, name).images
+        if images.ndim != 2:
+            raise ValueError(
+                f"task {given.name!r} has images, the model takes token sequences"
+            )
+        check_sequences(parts, images, f"task {given.name!r}, {name}")
+    known = parts.vocabulary
+    if given.train.labels.ndim == 2 and given.n_classes != known:
+        raise ValueError(
+            f"task {given.name!r} has {given.n_classes} classes of tokens, the"
+            f" model's vocabulary {known}: expected as many"
+        )
+    return given
+
+
 def task_for(model, given, **options) -> Task:
     """A task, or the task of a name, folder or dataset, in the size of a model's
     images and cropped as they were; options of these go to `task`.
 
-    TypeError for anything else, ValueError for images of another size.
+    TypeError for anything else, ValueError for images of another size, and for
+    sequences that are too long or hold tokens that the model does not know.
     """
-    expected = anatomy(model).image_shape
-    if expected is None:
-        raise ValueError(
-            f"task {given!r} has images, the model takes token sequences"
-        )
+    parts = anatomy(model)
+    expected = parts.image_shape
     if isinstance(given, (str, Path)) or is_dataset(given):
         if is_dataset(given) or known_as(given)[1]:
             options = {"crop": crop_of(model)} | options
-        given = task(given, expected[-1], **options)
+        given = task(given, expected[-1] if expected else parts.context, **options)
     elif options:
         raise TypeError(
             f"task {given!r:.80} takes no {[*options]}: expected a name, a folder,"
@@ -162,6 +180,8 @@ def task_for(model, given, **options) -> Task:
             f"task {given!r:.80} is a {type(given).__name__}: expected what vp.task"
             " gives, or its name"
         )
+    if expected is None:
+        return check_tokens(parts, given)
     if (found := tuple(given.test.images.shape[1:])) != expected:
         raise ValueError(
             f"task {given.name!r} has images {found}, the model takes {expected}:"

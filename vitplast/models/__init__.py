@@ -10,7 +10,7 @@ __all__ = door(
     __name__,
     layers="Attention Linear Norm evaluating",
     components=(
-        "Anatomy Component INPUTS KINDS adapter_of anatomy components first fit forward_mode "
+        "Anatomy Component INPUTS KINDS adapter_of anatomy check_sequences components first fit forward_mode "
         "unwrapped visit visit_tokens watching"
     ),
     selection="CHOICES Selection block_prefix check_bare chosen_places needs_model read_selection",

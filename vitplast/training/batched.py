@@ -51,6 +51,7 @@ from vitplast.training.freezing import (
     training_mode,
     weight_digests,
 )
+from .probe import check_one_label
 from vitplast.training.recipe import (
     FinetuneConfig,
     check_batch,
@@ -402,6 +403,7 @@ def finetune_many(
     task = task_for(model, task)
     check_group(configs)
     check_batch(task, configs[0])
+    check_one_label(task, "training runs together")
     selection = Selection.of(selection, model)
     started, base = time.monotonic(), copy.deepcopy(model)
     bf16 = decided(base, configs[0]).bf16

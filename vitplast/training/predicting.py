@@ -105,7 +105,14 @@ def probabilities(run, images) -> torch.Tensor:
     "What a run's network says about bytes (N, 3, S, S): (N, classes), on the CPU."
     x = prepare(run.model, images)
     with evaluating(run.model), precision(x, run.bf16):
-        return anatomy(run.model).logits(x).float().softmax(1).cpu()
+        logits = anatomy(run.model).logits(x)
+    if logits.ndim > 2:
+        raise ValueError(
+            "this run says a class for each place of an input, logits"
+            f" {tuple(logits.shape)}: expected its logits from Python, as"
+            " vitplast.models.anatomy(run.model).logits(images)"
+        )
+    return logits.float().softmax(1).cpu()
 
 # %% ../../nbs/training/predicting.ipynb #27880f0e
 def predict(

@@ -266,11 +266,11 @@ def image_order(n_images, steps, batch_size, seed) -> torch.Tensor:
 
 
 def weights_of(task, config) -> "torch.Tensor | None":
-    "What a picture of each class counts (classes,); one on average; None for all."
+    "What a label of each class counts (classes,); one on average; None for all."
     if not config.class_weights:
         return None
-    n = torch.bincount(task.train.labels, minlength=task.n_classes)
-    return len(task.train) / (n.clamp(min=1) * int((n > 0).sum())).float()
+    n = torch.bincount(task.train.labels.flatten(), minlength=task.n_classes)
+    return n.sum() / (n.clamp(min=1) * int((n > 0).sum())).float()
 
 
 def with_shots(task, config):
@@ -280,6 +280,11 @@ def with_shots(task, config):
     if config.shots is None:
         return task
     labels = task.train.labels
+    if labels.ndim > 1:
+        raise ValueError(
+            f"shots={config.shots}: pictures of {task.name} have a label for each"
+            " place, expected None"
+        )
     n = torch.bincount(labels, minlength=task.n_classes)
     if (least := int(n.min())) < config.shots:
         raise ValueError(
