@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import vitplast as vp
 from vitplast.data import reading
-from vitplast.data import RandomCrops, decode
+from vitplast.data import RandomCrops, Split, Task, agreement, decode
 from vitplast.data.folders import folder_task
 from vitplast.data.reading import (
     cached, crop, read_image, split_indices, write_split,
@@ -211,7 +211,7 @@ def test_the_centre_of_a_squeezed_cache_is_the_centre_of_the_original():
 
 def test_augmented_batches_depend_on_the_generator_alone():
     images = torch.randint(0, 256, (20, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    split = reading.Split(images, torch.arange(20) % 2)
+    split = Split(images, torch.arange(20) % 2)
     task = vp.Task("t", ("a", "b"), split, split, split, 20, augment=RandomCrops(16, torch.ones(20)))
     rows = torch.tensor([3, 5, 7])
     first, labels = task.batch(rows, torch.Generator().manual_seed(1))
@@ -227,7 +227,7 @@ def test_finetuning_sees_the_augmented_images(model, stripes):
     images = stripes.train.images.clone()
     images[stripes.train.labels == 0, :, :, :8] += 100
     crops = RandomCrops(16, torch.ones(64), area=(0.99, 1.0), ratio=(1.0, 1.0))
-    plain = replace(stripes, train=reading.Split(images, stripes.train.labels))
+    plain = replace(stripes, train=Split(images, stripes.train.labels))
     config = FinetuneConfig(lr=0.1, steps=40, eval_every=40)
     losses = [vp.finetune(model, t, "all", config).history.loss.tail(10).mean() for t in (plain, replace(plain, augment=crops))]
     assert losses[0] < 0.3 and losses[1] > 0.4
@@ -331,8 +331,8 @@ def test_decoding_says_how_far_it_is(photos, tmp_path, capsys):
 
 
 def small_task(images, labels, classes="ab", **changes):
-    split = reading.Split(images, labels)
-    return reading.Task("small", tuple(classes), **{"train": split, "validation": split, "test": split, "test_sources": len(labels)} | changes)
+    split = Split(images, labels)
+    return Task("small", tuple(classes), **{"train": split, "validation": split, "test": split, "test_sources": len(labels)} | changes)
 
 
 PIXELS = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
@@ -361,7 +361,7 @@ def test_dense_tasks_are_not_augmented_and_splits_are_of_one_kind():
     with pytest.raises(ValueError, match="would move the pictures and not their labels"):
         small_task(PIXELS, MAPS, augment=crops)
     with pytest.raises(ValueError, match="expected the same in every split"):
-        small_task(PIXELS, MAPS, test=reading.Split(PIXELS, MAPS[:, 0, 0]))
+        small_task(PIXELS, MAPS, test=Split(PIXELS, MAPS[:, 0, 0]))
 
 
 def test_mean_iou_is_that_of_sklearn():
@@ -372,7 +372,7 @@ def test_mean_iou_is_that_of_sklearn():
         labels, said = torch.randint(classes, (2, 7, 6, 6), generator=g)
         said = torch.where(torch.rand(said.shape, generator=g) < 0.5, labels, said)
         expected = jaccard_score(labels.flatten(), said.flatten(), average="macro")
-        assert reading.agreement(said, labels) == pytest.approx(expected, rel=1e-12)
+        assert agreement(said, labels) == pytest.approx(expected, rel=1e-12)
     # a class that is neither there nor predicted counts for nothing
-    assert reading.agreement(labels * 0 + 3, labels * 0 + 3) == 1.0
-    assert reading.agreement(labels[0], labels[0] * 0) == (labels[0] == 0).double().mean()
+    assert agreement(labels * 0 + 3, labels * 0 + 3) == 1.0
+    assert agreement(labels[0], labels[0] * 0) == (labels[0] == 0).double().mean()

@@ -8,7 +8,8 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     formula="FormulaConfig FormulaImages",
-    reading="Files PICTURES_VERSION RandomCrops Split Task agreement decode",
+    splits="Split Task agreement",
+    reading="Files PICTURES_VERSION RandomCrops decode",
     folders="below find_pictures folder_contents is_image",
     corruptions="CORRUPTIONS corrupt",
     offline="OFFLINE",

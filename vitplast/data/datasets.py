@@ -18,7 +18,11 @@ from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from .folders import LAYOUT, build_folder, check_crop, labelled
-from .reading import PICTURES_VERSION, Task, cached
+from vitplast.data.reading import (
+    PICTURES_VERSION,
+    cached,
+)
+from .splits import Task
 from ..files import nearest
 
 # %% ../../nbs/data/datasets.ipynb #90819160

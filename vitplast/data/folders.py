@@ -33,14 +33,13 @@ from vitplast.data.reading import (
     CENTRE,
     IMAGE_FILES,
     PICTURES_VERSION,
-    SPLITS,
-    Task,
     cache_folder,
     cached,
     decode,
     split_indices,
     write_split,
 )
+from .splits import SPLITS, Task
 from ..files import fingerprint, key, replacing
 
 # %% ../../nbs/data/folders.ipynb #06cb0c7b

@@ -19,7 +19,12 @@ from .corruptions import CORRUPTIONS, corrupt
 from .folders import find_pictures, pictures_of
 from .formula import FormulaConfig
 from .real import photographs
-from .reading import CENTRE, RandomCrops, Split, decode
+from vitplast.data.reading import (
+    CENTRE,
+    RandomCrops,
+    decode,
+)
+from .splits import Split
 from .tasks import crop_of, known_as, pretraining_images, task
 from ..models import INPUTS, anatomy, load, prepare, unwrapped
 from ..theory import bounds, plasticity

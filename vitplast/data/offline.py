@@ -29,8 +29,12 @@ from vitplast.data.formula import (
     uniform,
 )
 from vitplast.data.reading import (
-    PICTURES_VERSION, SPLITS, Task, cached, split_indices, write_split,
-)  # fmt: skip
+    PICTURES_VERSION,
+    cached,
+    split_indices,
+    write_split,
+)
+from .splits import SPLITS, Task
 
 # %% ../../nbs/data/offline.ipynb #6aa6dc8b
 # of the classes of the tasks; pretrainings draw theirs from FormulaConfig.seed, 0

@@ -25,13 +25,12 @@ from .folders import class_folders
 from vitplast.data.reading import (
     CENTRE,
     PICTURES_VERSION,
-    SPLITS,
-    Task,
     cached,
     decode,
     split_indices,
     write_split,
 )
+from .splits import SPLITS, Task
 
 # %% ../../nbs/data/published.ipynb #ecfb0c32
 PAPER = (

@@ -21,12 +21,12 @@ from PIL import Image
 from .folders import Found, build_folder, labelled
 from vitplast.data.reading import (
     PICTURES_VERSION,
-    Task,
     at_most,
     cache_folder,
     cached,
     square,
 )
+from .splits import Task
 from ..files import key
 
 # %% ../../nbs/data/real.ipynb #f503e193

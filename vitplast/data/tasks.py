@@ -16,7 +16,7 @@ from .offline import OFFLINE, offline_task, to_bytes
 from .published import PAPER, published_task
 from .datasets import dataset_task, is_dataset
 from .folders import folder_task, is_table
-from .reading import SPLITS, Task
+from .splits import SPLITS, Task
 from .real import REAL, real_task
 from .text import TEXT, text_task
 from ..files import nearest
