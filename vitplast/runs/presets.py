@@ -481,4 +481,8 @@ PRESETS = {
             extend=True,
         ),
     ),
+    "dense-cpu": (
+        Grid(SUITES["dense"], seeds=(0, 1), config=CPU, extend=True),
+        real(SUITES["dense"][1:], (0,)),
+    ),
 }
