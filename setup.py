@@ -18,7 +18,7 @@ setup(
     license="MIT",
     keywords=cfg["keywords"],
     packages=find_packages(include=[f"{cfg['lib_name']}*"]),
-    package_data={cfg["lib_name"]: ["models/shipped/*", "runs/*.csv"]},
+    package_data={cfg["lib_name"]: ["models/shipped/*", "data/*.zip", "runs/*.csv"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("text", "ray", "real", "peft", "lightning", "dev")},

@@ -530,15 +530,21 @@ def pretrain(
     ),
     size: str = typer.Option(
         "small",
-        help="tiny, small (formula-vit), base, or large (64 x 64, for a GPU).",
+        help=(
+            "tiny, small (formula-vit), base, or large (64 x 64, for a GPU); byte-gpt"
+            " is a language model."
+        ),
     ),
     steps: int = typer.Option(
         None,
         min=1,
-        help="Updates; by default enough for 1.8 million images, each seen once.",
+        help=(
+            "Updates; by default enough for 1.8 million images, or 192,000 windows"
+            " of text."
+        ),
     ),
     batch: int = typer.Option(
-        None, min=1, help="Images per update, 64 by default."
+        None, min=1, help="Images per update, 64 by default; of text 32."
     ),
     lr: float = typer.Option(
         None, min=0, help="Largest learning rate, of AdamW, 0.002 by default."
@@ -549,10 +555,10 @@ def pretrain(
     probes: int = typer.Option(
         20,
         min=1,
-        help="Linear probes on the digits' validation split, for the log.",
+        help="Readings of a validation split, for the log.",
     ),
     seed: int = typer.Option(
-        0, min=0, help="Of the first weights and of the images."
+        0, min=0, help="Of the first weights, and of the images or windows."
     ),
     device: str = typer.Option(
         "auto", help="cpu, cuda, or auto: a GPU if there is one."
@@ -569,8 +575,9 @@ def pretrain(
         0, min=0, help="CPU threads, 0 for torch's choice."
     ),
 ):
-    """Pretrain a small Vision Transformer on formula images. Resumable: the same
-    command goes on where it stopped.
+    """Pretrain a small Vision Transformer on formula images, or a small language
+    model on the standard library of Python. Resumable: the same command goes on
+    where it stopped.
 
     Examples:
 
@@ -578,12 +585,13 @@ def pretrain(
 
     vitplast pretrain --size large --steps 40000 --batch 256 --lr 1e-3 --device cuda
     --out large.safetensors
+
+    vitplast pretrain --size byte-gpt --out byte-gpt.safetensors
     """
     import torch
 
-    from vitplast.data import FormulaConfig
     from vitplast.models import EXTENSION
-    from vitplast.training import SIZES, PretrainConfig, publish
+    from vitplast.training import SIZES, pretraining, publish
     from vitplast.training import pretrain as pretrained
 
     with plain_errors(
@@ -593,8 +601,6 @@ def pretrain(
         if threads:
             torch.set_num_threads(threads)
         device = chosen_device(device)
-        if size not in SIZES:
-            raise ValueError(f"size {size!r}: expected one of {list(SIZES)}")
         if out.suffix != EXTENSION:
             raise ValueError(
                 f"--out {out}: expected a name that ends in {EXTENSION}"
@@ -608,19 +614,11 @@ def pretrain(
             ) from None
         fast = {"bf16": bf16, "compiled": compiled}
         fast = {k: device == "cuda" if v is None else v for k, v in fast.items()}
-        batch = batch or PretrainConfig.batch
-        config = PretrainConfig(
-            vit=SIZES[size],
-            formula=FormulaConfig(size=SIZES[size].size),
-            batch=batch,
-            bf16=fast["bf16"],
-            seed=seed,
-            images=steps * batch if steps else PretrainConfig.images,
-            lr=PretrainConfig.lr if lr is None else lr,
-        )
+        given = {"batch": batch, "lr": lr, "seed": seed, "bf16": fast["bf16"]}
+        config = pretraining(size, steps, given)
         run = pretrained(config, out, device, shares, probes, fast["compiled"])
         card = publish(run, out)
-    typer.echo(json.dumps(card["linear_probe"], indent=1))
+    typer.echo(json.dumps(card[run.measured], indent=1))
 
 # %% ../nbs/cli.ipynb #72c6c077
 for command in (advise, finetune, predict, merge):

@@ -10,7 +10,7 @@ from vitplast.runs import published_results
 
 
 def test_the_suites_correspond():
-    assert {s: len(names) for s, names in SUITES.items()} == {"offline": 11, "real": 5, "dense": 2, "paper": 11}
+    assert {s: len(names) for s, names in SUITES.items()} == {"offline": 11, "real": 5, "dense": 2, "paper": 11, "text": 4}
     published = published_results().task
     assert set(SUITES["paper"]) == set(published)
 

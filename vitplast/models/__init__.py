@@ -17,6 +17,7 @@ __all__ = door(
     rescaling="MOVES SCALINGS normal_form rescale",
     focus="FOCUS SHA256 check_focus_size",
     checkpoints="EXTENSION FILES convert model_source on_hub",
+    language="GPTConfig single_tensors",
     loading=(
         "HEADER SHIPPED ViTConfig build card check_model load named_models prepare read save shipped "
         "skeleton twin_name untrained with_file"

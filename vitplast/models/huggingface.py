@@ -458,6 +458,15 @@ def transformers_gpt2(model) -> Anatomy:
         )
         model.config.num_labels = model.num_labels = n_classes
 
+    def logits(numbers):
+        if body is model:
+            raise TypeError(
+                f"this {type(model).__name__} has no head: expected a"
+                " GPT2LMHeadModel or GPT2ForSequenceClassification"
+            )
+        found = model(numbers).logits
+        return found if classifies else found.transpose(1, 2)
+
     # the head of a language model is its embedding
     classifies = hasattr(model, "score")
     found, rest = take_apart(model, f"{prefix}h", describe)
@@ -467,7 +476,7 @@ def transformers_gpt2(model) -> Anatomy:
         embed=embed,
         blocks=[lambda x, b=b: b(x, attention_mask=causal_mask(x)) for b in body.h],
         final_norm=named(model, f"{prefix}ln_f"),
-        logits=lambda x: model(x).logits,
+        logits=logits,
         head=lambda: named(model, "score") if classifies else {},
         reset_head=(
             reset_head

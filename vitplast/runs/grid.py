@@ -19,6 +19,7 @@ from vitplast.data import (
     folder_contents,
     known_as,
     suite_of,
+    text_contents,
 )
 from ..files import check_name, fingerprint, key, later, restored, settings
 from vitplast.models import (
@@ -78,6 +79,8 @@ def task_contents(name) -> "str | int":
     if suite is None:
         version = PICTURES_VERSION["folder"]
         return folder_contents(name) + f"-{version}" * (version > 1)
+    if suite == "text":
+        return text_contents(name)
     kind = {"offline": "drawn", "paper": "read"}.get(suite, suite)
     return PICTURES_VERSION[kind]
 

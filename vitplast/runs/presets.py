@@ -310,9 +310,9 @@ PRESETS = {
             config=GPU,
         ),
     ),
-    "offline-cpu": (Grid(SUITES["offline"], seeds=(0, 1), config=JOINT),),
+    "offline-cpu": (Grid(SUITES["offline"], config=JOINT),),
     "offline-cpu-separate": (
-        Grid(SUITES["offline"], seeds=(0,), config=CPU, extend=True),
+        Grid(SUITES["offline"], seeds=(0, 1), config=CPU, extend=True),
     ),
     "real-cpu": (
         real(REAL_TWICE, (0,)),
@@ -428,13 +428,17 @@ PRESETS = {
         *(through(f"lora:{r}", MATRICES) for r in (1, 2, 6, 24)),
         through(None, (*MATRICES, *NORMS, *PARTS_ALONE, "all", "head")),
         *(
-            real_through(f"random:{8 * n}", MATRICES)  # 9,216: its norms'
+            # 9,216: its norms'
+            real_through(f"random:{8 * n}", MATRICES, REAL_TWICE[:2])
             for n in SIZED
         ),
     ),
     "peft-cpu": (
-        *(through(update, selections) for update, selections in PEFT.items()),
-        through(None, (BIASES, "LN1+LN2", *CHOICES)),
+        *(
+            through(update, selections, seeds=(0, 1))
+            for update, selections in PEFT.items()
+        ),
+        through(None, (BIASES, "LN1+LN2", *CHOICES), seeds=(0, 1)),
         *(
             real_through(update, selections, REAL_TWICE[:3])
             for update, selections in PEFT.items()
@@ -448,7 +452,7 @@ PRESETS = {
         ),
     ),
     "unions-cpu": (
-        Grid(FAMILIES, selections=unions(), seeds=(0,), config=CPU, extend=True),
+        Grid(FAMILIES, selections=unions(), seeds=(0, 1), config=CPU, extend=True),
         Grid(FAMILIES, selections=thirds(6), seeds=(0,), config=CPU, extend=True),
     ),
     "few-cpu": tuple(
@@ -466,8 +470,42 @@ PRESETS = {
             extend=True,
         ),
     ),
+    "text-cpu": (
+        Grid(
+            SUITES["text"],
+            models=("byte-gpt",),
+            selections=(*KINDS, "all"),  # its head is its embedding, and stays
+            lrs=LARGER_LRS,
+            seeds=(0, 1),
+            config=CPU,
+            extend=True,
+        ),
+    ),
     "dense-cpu": (
         Grid(SUITES["dense"], seeds=(0, 1), config=CPU, extend=True),
         real(SUITES["dense"][1:], (0,)),
+    ),
+    "ablations-cpu": (
+        Grid(
+            MATCHED[:2],
+            models=(
+                "formula-vit-tiny",
+                "formula-vit-base",
+                "formula-vit-225k",
+                "formula-vit-900k",
+            ),
+            seeds=(0, 1),
+            config=CPU,
+            extend=True,
+        ),
+        # adamw-cpu has the first seed
+        Grid(
+            ABLATED,
+            lrs=hundredth((0.03, 0.1, 0.3, 1.0)),
+            seeds=(1,),
+            optimizers=("adamw",),
+            config=CPU,
+            extend=True,
+        ),
     ),
 }

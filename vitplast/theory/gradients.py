@@ -64,8 +64,9 @@ def gain(w, tokens) -> float:
     return (norm_gain if isinstance(w, Norm) else attention_gain)(w, tokens).item()
 
 # %% ../../nbs/theory/gradients.ipynb #d68ca543
-def check_labelled(model, parts, images, labels) -> tuple:
-    """Images and labels of a batch on the model's device.
+def check_labelled(model, parts, images, labels, places=False) -> tuple:
+    """Images and labels of a batch on the model's device; places: whether labels may
+    be of pixels or tokens.
 
     ValueError for a model without a head, labels that do not fit it, and weights
     that are not finite; TypeError for half precision.
@@ -84,19 +85,25 @@ def check_labelled(model, parts, images, labels) -> tuple:
         torch.int32,
         torch.int64,
     )
-    if not whole or labels.shape != (len(images),) or not len(images):
+    shape = labels.shape[: 1 if places else None] if whole else ()
+    if shape != (len(images),) or not len(images):
         raise ValueError(
             f"labels: {labels!r}, expected {max(1, len(images))} whole numbers in a"
             " tensor"
         )
-    if not parts.head():
+    # a language model's is its embedding
+    if not parts.head() and not (parts.vocabulary and labels.ndim == 2):
         raise ValueError(
             "the model has no head: expected one,"
             " vitplast.models.anatomy(model).reset_head(n_classes) makes it"
         )
     images, labels = images.to(like.device), labels.long().to(like.device)
     with evaluating(model):
-        classes = parts.logits(images[:1]).shape[1]
+        _, classes, *rest = parts.logits(images[:1]).shape
+    if [*labels.shape[1:]] != rest:
+        raise ValueError(
+            f"labels: shape {tuple(labels.shape)}, expected {(len(images), *rest)}"
+        )
     if not 0 <= labels.min() <= labels.max() < classes:
         raise ValueError(
             f"labels: {labels.min()} to {labels.max()}, expected 0 to {classes - 1}"
@@ -140,7 +147,8 @@ def gradient_bounds(model, images, labels) -> pd.DataFrame:
     """The gradient of the cross-entropy with respect to each component's
     parameters, and its bound.
 
-    images: normalised (N, C, H, W); labels (N,). Frozen parameters are measured,
+    images: normalised (N, C, H, W), or token numbers (N, n); labels (N,), or one of
+    each pixel or token. Frozen parameters are measured,
     too; nothing is changed. Returns a frame: block, depth, component, signal (norm
     of the gradient at its output), gain, bound (their product), gradient (measured
     norm over all its parameters). All norms are Frobenius norms, of the mean loss
@@ -150,7 +158,7 @@ def gradient_bounds(model, images, labels) -> pd.DataFrame:
     the book.
     """
     parts = anatomy(model)
-    images, labels = check_labelled(model, parts, images, labels)
+    images, labels = check_labelled(model, parts, images, labels, places=True)
     entering, signals, own = backward(model, parts, images, labels)
     rows = []
     for c, tokens, signal, gradients in zip(
