@@ -10,7 +10,7 @@ from vitplast.runs import published_results
 
 
 def test_the_suites_correspond():
-    assert {s: len(names) for s, names in SUITES.items()} == {"offline": 11, "real": 5, "paper": 11, "text": 4}
+    assert {s: len(names) for s, names in SUITES.items()} == {"offline": 11, "real": 5, "dense": 2, "paper": 11, "text": 4}
     published = published_results().task
     assert set(SUITES["paper"]) == set(published)
 
@@ -18,7 +18,7 @@ def test_the_suites_correspond():
 def test_tasks_of_a_suite_in_its_order():
     suite = vp.tasks("offline")
     assert tuple(t.name for t in suite) == SUITES["offline"] and all(isinstance(t, vp.Task) for t in suite)
-    with pytest.raises(ValueError, match="unknown suite 'ofline': expected one of .'offline', 'real', 'paper'."):
+    with pytest.raises(ValueError, match="unknown suite 'ofline': expected one of .'offline', 'real', 'dense', 'paper'."):
         vp.tasks("ofline")
 
 

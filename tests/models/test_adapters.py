@@ -1,4 +1,5 @@
 """Every architecture: coverage, freezing, gradients, plasticity and bounds against the weights read directly."""
+import copy
 import logging
 import math
 
@@ -284,3 +285,59 @@ def test_finetuning_and_probing_any_architecture(name, stripes):
     run = vp.finetune(model, stripes, ["FC1"], vp.FinetuneConfig(steps=40, eval_every=20, lr=0.03))
     assert run.history.loss.iloc[-5:].mean() < run.history.loss.iloc[:5].mean() and 0 <= vp.linear_probe(model, stripes) <= 1
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+DENSE = ["timm", "DINOv3 qkvb", "Eva rope attention", "Eva absolute", "Eva dynamic"]
+
+
+def maps_by_hand(model, x):
+    "One linear layer on each normed patch, drawn out to 16 pixels by the weights of linear interpolation."
+    tokens = model.fc_norm(model.forward_features(x))[:, -4:]  # two by two patches, behind class and registers
+    answers = (tokens @ model.head.weight.T + model.head.bias).view(len(x), 2, 2, -1)
+    share = ((torch.arange(16, dtype=torch.float64) + 0.5) / 8 - 0.5).clamp(0, 1)  # of the second patch
+    weights = torch.stack([1 - share, share])
+    return torch.einsum("nijc,iy,jx->ncyx", answers, weights, weights)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_head_on_every_patch(name):
+    model, x = build(name), inputs_of(name, 3)
+    names, before = [n for n, _ in model.named_parameters()], anatomy(model).logits(x)
+    assert before.shape == (3, 4) and torch.equal(before, model(x))
+    parts = anatomy(model)
+    parts.dense_head(5)
+    with torch.no_grad():
+        model.head.bias.normal_()
+    assert [n for n, _ in model.named_parameters()] == names  # nothing is wrapped
+    assert parts.logits(x).shape == (3, 5, 16, 16) and torch.equal(parts.logits(x), anatomy(model).logits(x))
+    assert torch.allclose(parts.logits(x), maps_by_hand(model, x), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_head_for_pictures_can_be_put_back(name):
+    model, x = build(name), inputs_of(name, 3)
+    head, expected = {n: p.clone() for n, p in anatomy(model).head().items()}, model(x)
+    anatomy(model).dense_head(5)
+    anatomy(model).dense_head(2)  # twice, and by anatomies that never saw the pooling
+    anatomy(copy.deepcopy(model)).reset_head(4)
+    anatomy(model).reset_head(4)
+    model.load_state_dict(head, strict=False)
+    assert torch.equal(anatomy(model).logits(x), expected)
+
+
+def test_models_without_a_head_for_pixels():
+    assert anatomy(build("torchvision")).dense_head is None and anatomy(build("GPT-2 class head")).dense_head is None
+    mapped = timm.models.vision_transformer.VisionTransformer(16, 8, embed_dim=24, depth=1, num_heads=3, global_pool="map")
+    assert anatomy(mapped).dense_head is None  # the pooling has weights of its own
+    unpooled = timm.models.vision_transformer.VisionTransformer(16, 8, embed_dim=24, depth=1, num_heads=3, global_pool="")
+    assert anatomy(unpooled).logits(torch.zeros(1, 3, 16, 16)).shape == (1, 1000, 16, 16)
+    with pytest.raises(TypeError, match="it pools no tokens, expected global_pool='token' or 'avg'"):
+        anatomy(unpooled).reset_head(3)
+
+
+def test_the_patches_of_a_picture_that_is_no_square():
+    model = timm.models.vision_transformer.VisionTransformer((16, 24), 8, embed_dim=24, depth=1, num_heads=3).double().eval()
+    x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    anatomy(model).dense_head(3)
+    answers = model.head(model.forward_features(x))[:, 1:].transpose(1, 2).reshape(2, 3, 2, 3)
+    assert torch.allclose(anatomy(model).logits(x), torch.nn.functional.interpolate(answers, size=(16, 24), mode="bilinear"))

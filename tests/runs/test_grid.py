@@ -62,10 +62,10 @@ def test_presets_hold_the_published_grid():
 
 
 def test_presets_differ_in_data_only():
-    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 924, "offline-cpu-separate": 616, "real-cpu": 328, "twins-cpu": 688, "twins-real-cpu": 101, "places-cpu": 1488, "places-real-cpu": 2175, "adamw-cpu": 132, "advice-cpu": 180, "matched-cpu": 840, "peft-cpu": 660, "unions-cpu": 1340, "few-cpu": 504, "elsewhere-cpu": 84, "text-cpu": 192}
+    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 924, "offline-cpu-separate": 616, "real-cpu": 328, "twins-cpu": 688, "twins-real-cpu": 101, "places-cpu": 1488, "places-real-cpu": 2175, "adamw-cpu": 132, "advice-cpu": 180, "matched-cpu": 840, "peft-cpu": 660, "unions-cpu": 1340, "few-cpu": 504, "elsewhere-cpu": 84, "ablations-cpu": 560, "dense-cpu": 140, "text-cpu": 192}
     cpu = all_runs(PRESETS["offline-cpu"])
     assert {r.components for r in cpu} == set(CHOICES) == {"LN1", "MHA", "LN2", "FC1", "FC2", "all", "head"}
-    assert len({r.task for r in cpu}) == 11 and len({r.config.lr for r in cpu}) == 4 and len({r.config.seed for r in cpu}) == 2
+    assert len({r.task for r in cpu}) == 11 and len({r.config.lr for r in cpu}) == 4 and len({r.config.seed for r in cpu}) == 3
     joint = [r.config.clip_head == "joint" for name in ("paper", "offline", "offline-cpu") for r in all_runs(PRESETS[name])]
     separate = all_runs(PRESETS["offline-cpu-separate"])
     assert all(joint) and {r.config.clip_head for r in separate} == {"separate"} and PRESETS["offline-cpu-separate"][0].extend
@@ -73,7 +73,7 @@ def test_presets_differ_in_data_only():
     assert {(r.model, r.size, r.config.bf16) for r in real} == {("focus-vit-small", 70, "auto")} and all(g.extend for g in PRESETS["real-cpu"])
     joint = [r for r in real if r.config.clip_head == "joint"]
     assert len(joint) == 48 and {replace(r, config=replace(r.config, clip_head="separate")) for r in joint} < set(real)
-    first = [replace(r, config=replace(r.config, clip_head="separate")) for r in cpu if r.config.seed == 0]
+    first = [replace(r, config=replace(r.config, clip_head="separate")) for r in cpu if r.config.seed < 2]
     assert first == separate
 
 

@@ -345,7 +345,7 @@ def read_task(folder) -> Task:
             if facts["crop"]
             else None
         )
-        counts = [(s.labels.shape, s.images.shape[:1]) for s in parts.values()]
+        counts = [(len(s.labels), len(s.images)) for s in parts.values()]
         if (
             any(a != b for a, b in counts)
             or augment
@@ -369,7 +369,7 @@ def read_task(folder) -> Task:
     return Task(facts["name"], **parts, **about)
 
 # %% ../../nbs/data/reading.ipynb #127f1909
-PICTURES_VERSION = {"drawn": 1, "read": 1, "folder": 3, "real": 1}
+PICTURES_VERSION = {"drawn": 1, "read": 1, "folder": 3, "real": 1, "dense": 1}
 
 # %% ../../nbs/data/reading.ipynb #557f084f
 def said_again(folder) -> Task:

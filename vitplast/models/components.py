@@ -82,13 +82,18 @@ class Anatomy:
     blocks: list  # of callables, tokens -> tokens
     # parameters of the norm after the last block: name -> nn.Parameter
     final_norm: dict
-    logits: Callable  # inputs -> (N, classes), the whole model
+    # inputs -> (N, classes), the whole model; with a head on every patch (N, classes,
+    # H, W), on every token (N, classes, n)
+    logits: Callable
     # () -> parameters of the classification head, empty without one: name ->
     # nn.Parameter
     head: Callable
     reset_head: Callable  # n_classes -> None, puts a new linear head on the model
     # (channels, height, width); None for a model of token sequences
     image_shape: tuple | None
+    # n_classes -> None, puts a linear head on every patch, so that `logits` gives
+    # (N, classes, H, W); None where the architecture has no such head
+    dense_head: Callable | None = None
     # of token sequences: numbers from 0 up to, not including, this
     vocabulary: int = 0
     context: int = 0  # longest token sequence

@@ -30,7 +30,12 @@ def arithmetic(model_name, size=None) -> float:
 
 
 # pictures of the validation and the test split, about
-READ = {"offline": (1000, 1700), "real": (400, 400), "paper": (8000, 10000)}
+READ = {
+    "offline": (1000, 1700),
+    "real": (400, 400),
+    "dense": (250, 400),
+    "paper": (8000, 10000),
+}
 
 
 @lru_cache(maxsize=None)

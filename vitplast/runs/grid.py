@@ -81,7 +81,7 @@ def task_contents(name) -> "str | int":
         return folder_contents(name) + f"-{version}" * (version > 1)
     if suite == "text":
         return text_contents(name)
-    kind = {"offline": "drawn", "real": "real", "paper": "read"}[suite]
+    kind = {"offline": "drawn", "paper": "read"}.get(suite, suite)
     return PICTURES_VERSION[kind]
 
 # %% ../../nbs/runs/grid.ipynb #95fd6bcf

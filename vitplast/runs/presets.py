@@ -481,4 +481,31 @@ PRESETS = {
             extend=True,
         ),
     ),
+    "dense-cpu": (
+        Grid(SUITES["dense"], seeds=(0, 1), config=CPU, extend=True),
+        real(SUITES["dense"][1:], (0,)),
+    ),
+    "ablations-cpu": (
+        Grid(
+            MATCHED[:2],
+            models=(
+                "formula-vit-tiny",
+                "formula-vit-base",
+                "formula-vit-225k",
+                "formula-vit-900k",
+            ),
+            seeds=(0, 1),
+            config=CPU,
+            extend=True,
+        ),
+        # adamw-cpu has the first seed
+        Grid(
+            ABLATED,
+            lrs=hundredth((0.03, 0.1, 0.3, 1.0)),
+            seeds=(1,),
+            optimizers=("adamw",),
+            config=CPU,
+            extend=True,
+        ),
+    ),
 }
