@@ -97,7 +97,7 @@ def test_links_between_pages_and_citations_resolve():
             assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, f"{path.name}: {target}"
 
 
-OPTIONAL = {"models/huggingface": "text_requirements", "runs/executors": "ray_requirements", "models/focus": "real_requirements", "choosing/export": "peft_requirements", "choosing/callbacks": "lightning_requirements text_requirements", "training/updates": "peft_requirements"}  # module -> the extras that some of it needs
+OPTIONAL = {"models/huggingface": "text_requirements", "runs/executors": "ray_requirements", "models/focus": "real_requirements", "choosing/export": "peft_requirements", "choosing/callbacks": "lightning_requirements text_requirements", "training/updates": "peft_requirements", "models/language": "text_requirements"}  # module -> the extras that some of it needs
 
 
 def name_of(path) -> str:

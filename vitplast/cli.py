@@ -531,8 +531,8 @@ def pretrain(
     size: str = typer.Option(
         "small",
         help=(
-            "tiny, small (formula-vit), base, or large (64 x 64, for a GPU); byte-gpt"
-            " is a language model."
+            "tiny, small (formula-vit), base, or large (64 x 64, for a GPU);"
+            " byte-gpt is a language model."
         ),
     ),
     steps: int = typer.Option(
@@ -591,7 +591,7 @@ def pretrain(
     import torch
 
     from vitplast.models import EXTENSION
-    from vitplast.training import SIZES, pretraining, publish
+    from vitplast.training import pretraining, publish
     from vitplast.training import pretrain as pretrained
 
     with plain_errors(

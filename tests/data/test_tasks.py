@@ -18,7 +18,7 @@ def test_the_suites_correspond():
 def test_tasks_of_a_suite_in_its_order():
     suite = vp.tasks("offline")
     assert tuple(t.name for t in suite) == SUITES["offline"] and all(isinstance(t, vp.Task) for t in suite)
-    with pytest.raises(ValueError, match="unknown suite 'ofline': expected one of .'offline', 'real', 'dense', 'paper'."):
+    with pytest.raises(ValueError, match="unknown suite 'ofline': expected one of .'offline', 'real', 'dense', 'text', 'paper'."):
         vp.tasks("ofline")
 
 

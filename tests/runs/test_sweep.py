@@ -479,3 +479,16 @@ def test_pictures_and_weights_that_change_are_read_again(tmp_path):
         folder_contents.cache_clear()
         task = materials(replace(run, task=str(tmp_path)).base())[1]
         assert abs(int(task.train.images.float().mean()) - state) < 20
+
+
+def test_what_a_frozen_network_knows_is_a_probe_or_its_own_head():
+    from vitplast.data import byte_task
+    from vitplast.models import GPTConfig, build
+    from vitplast.runs.sweep import before_training
+
+    model = build(GPTConfig(context=8, width=16, depth=1, heads=2))
+    made = byte_task("abc", {n: b"abcabc" * 20 for n in ("train", "validation", "test")}, 8)
+    right = model(made.test.images).logits.argmax(-1) == made.test.labels
+    assert before_training(model, made) == right.double().mean().item()
+    digits, vit = vp.task("digits"), vp.load("formula-vit-tiny")
+    assert before_training(vit, digits) == vp.linear_probe(vit, digits)

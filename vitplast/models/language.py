@@ -41,9 +41,10 @@ def build_gpt(config: GPTConfig, seed=0):
     """
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
+    except ImportError as error:
         raise ValueError(
             "a language model needs transformers: pip install 'vitplast[text]'"
+            f" ({error})"
         ) from None
     shape = GPT2Config(
         vocab_size=config.vocabulary,

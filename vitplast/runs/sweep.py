@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIES', 'as_units', 'Sweep', 'drive', 'extended_arms', 'other_versions', 'sweep', 'of_record', 'run_frame',
-           'curve_frame', 'stored_runs', 'probe_frame']
+           'curve_frame', 'stored_runs', 'before_training', 'probe_frame']
 
 # %% ../../nbs/runs/sweep.ipynb #1fe59bf5
 import time
@@ -35,6 +35,7 @@ from vitplast.training import (
     PROBE_VERSION,
     TRAINING_VERSION,
     FinetuneConfig,
+    evaluate,
     group_key,
     linear_probe,
 )
@@ -387,9 +388,20 @@ def stored_runs(store) -> list:
     return sorted(records, key=lambda r: tuple(of_record(r).values()))
 
 # %% ../../nbs/runs/sweep.ipynb #4717e9a2
+def before_training(model, made) -> "float | None":
+    """Test accuracy of a frozen network: of a linear probe, or of a language model
+    with its own head; None for labels of pixels, for which it has no head yet.
+    """
+    kind = made.train.labels.ndim
+    if kind == 1:
+        return linear_probe(model, made)
+    return evaluate(model, made.test)[1] if kind == 2 else None
+
+
 def probe_frame(grid, store, progress=True) -> pd.DataFrame:
-    """The linear probe's test accuracy for every model and task of a grid: computed
-    where the store does not hold it.
+    """The linear probe's test accuracy for every model and task of a grid, a
+    language model's own for texts: computed where the store does not hold it.
+    Tasks with labels of pixels have no row.
     """
     store, rows = Store(store), []
     folder_contents.cache_clear()
@@ -407,7 +419,9 @@ def probe_frame(grid, store, progress=True) -> pd.DataFrame:
         name = about | {"probe": "test", "probing": PROBE_VERSION}
         of = {"model": run.model, "task": run.task}
         found = store.kept(
-            name, lambda: name | of | {"accuracy": linear_probe(*materials(run))}
+            name,
+            lambda: name | of | {"accuracy": before_training(*materials(run))},
         )
-        rows.append(of | {"accuracy": found["accuracy"]})
+        if found["accuracy"] is not None:
+            rows.append(of | {"accuracy": found["accuracy"]})
     return pd.DataFrame(rows)

@@ -65,8 +65,8 @@ def gain(w, tokens) -> float:
 
 # %% ../../nbs/theory/gradients.ipynb #d68ca543
 def check_labelled(model, parts, images, labels, places=False) -> tuple:
-    """Images and labels of a batch on the model's device; places: whether labels may
-    be of pixels or tokens.
+    """Images and labels of a batch on the model's device; places: whether labels
+    may be of pixels or tokens.
 
     ValueError for a model without a head, labels that do not fit it, and weights
     that are not finite; TypeError for half precision.

@@ -8,6 +8,7 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     pretrain_text="TextConfig bits_per_byte pretraining",
+    scoring="evaluate",
     updates="fused updated",
     freezing="saved_bytes trainable training_mode weight_digests",
     recipe="FinetuneConfig image_order precision read_update warmup_cosine",

@@ -413,8 +413,8 @@ def pretrain(
     """Pretrain to the end, from the state beside `path` if there is one.
 
     snapshots: shares of the training after which the weights are kept too; probes:
-    how many linear probes, or readings of held-out text, the log gets. The state is saved every minute and when
-    stopped.
+    how many linear probes, or readings of held-out text, the log gets. The state is
+    saved every minute and when stopped.
     """
     run, path = config.begin(device, compiled), Path(path)
     if path.with_suffix(".state").exists():

@@ -129,8 +129,8 @@ class TextPretraining(Pretraining):
         scores = {"pretrained": self.model, "untrained": untrained}
         return {
             "what": (
-                "a small language model over bytes, GPT-2's architecture, pretrained"
-                " on the standard library of Python"
+                "a small language model over bytes, GPT-2's architecture,"
+                " pretrained on the standard library of Python"
             ),
             "text": {"python": config.python, "bytes": self.sizes},
             self.measured: {n: round(self.score(m), 4) for n, m in scores.items()},
