@@ -452,7 +452,7 @@ PRESETS = {
         ),
     ),
     "unions-cpu": (
-        Grid(FAMILIES, selections=unions(), seeds=(0, 1), config=CPU, extend=True),
+        Grid(FAMILIES, selections=unions(), seeds=(0,), config=CPU, extend=True),
         Grid(FAMILIES, selections=thirds(6), seeds=(0,), config=CPU, extend=True),
     ),
     "few-cpu": tuple(
@@ -493,6 +493,8 @@ PRESETS = {
                 "formula-vit-base",
                 "formula-vit-225k",
                 "formula-vit-900k",
+                "formula-vit-no-mask",
+                "formula-vit-few-classes",
             ),
             seeds=(0, 1),
             config=CPU,
