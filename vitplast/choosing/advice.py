@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OF_KINDS', 'OF_PLACES', 'PLANNED', 'STANDING', 'WITHOUT_LABELS', 'HEAD_PICTURES', 'read_advice', 'expected', 'Advice',
            'display_advice', 'answer_of', 'advice_text', 'doubts_of', 'unlabelled_pictures', 'assembled',
-           'advise_without_labels', 'advise', 'tried']
+           'advise_without_labels', 'with_few', 'advise', 'tried']
 
 # %% ../../nbs/choosing/advice.ipynb #55a0b3fa
 import copy
@@ -44,7 +44,7 @@ from vitplast.choosing.export import (
     unfrozen_yaml,
 )
 from .rates import check_update, rates_of
-from .sample import draw_sample, training_pictures
+from .sample import draw_sample
 from .unlabelled import in_normal_form
 
 # %% ../../nbs/choosing/advice.ipynb #7a7d4cfd
@@ -361,6 +361,14 @@ def advise_without_labels(model, given, budget, config, images, seed) -> Advice:
 HEAD_PICTURES = 256  # what the blocks make of these is computed once
 
 
+def with_few(task, count, seed) -> Task:
+    "A task with at most so many of its training pictures, not augmented."
+    rows = np.random.default_rng(seed).permutation(len(task.train))[:count]
+    rows = np.sort(rows)
+    train = Split(task.still(rows), task.train.labels[rows])
+    return replace(task, train=train, augment=None)
+
+
 def advise(
     model,
     task,
@@ -398,8 +406,7 @@ def advise(
         return advise_without_labels(model, task, budget, config, images, seed)
     task = task_for(model, task)
     with tqdm(total=4, desc="advice", disable=not progress) as bar:
-        looked_at = training_pictures(task, max(images, HEAD_PICTURES), seed)
-        few = replace(task, train=looked_at, augment=None)
+        few = with_few(task, max(images, HEAD_PICTURES), seed)
         sample = draw_sample(model, few, images, None, seed)
         bar.update()
         found = FAMILIES["gradients"].compute(sample)
