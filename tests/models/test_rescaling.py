@@ -153,6 +153,20 @@ def test_a_normal_form_is_one_for_all_twins(name):
             assert torch.allclose(p, q, rtol=1e-6, atol=1e-8), (key, n)
 
 
+def test_a_head_of_zeros_proves_nothing():
+    model = build("torchvision")
+    with torch.no_grad():
+        for p in anatomy(model).head().values():
+            p.zero_()
+    form, x = normal_form(model), inputs_of("torchvision", 3)
+    last = model.encoder.ln
+    with torch.no_grad():
+        tokens = [last(anatomy(m).tokens(x)) if m is model else m.encoder.ln(anatomy(m).tokens(x)) for m in (model, form)]
+    assert torch.allclose(*tokens, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="too large for its precision"):
+        rescale(model.float(), write=1e7)
+
+
 def test_what_a_normal_form_looks_like():
     model = rescale(tiny_vit(embed_dim=24, init_values=0.3), LN1=5, stream=7, write=3, shift=1, read=2)
     form = normal_form(model)
