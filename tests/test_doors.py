@@ -192,7 +192,7 @@ def test_a_seed_beyond_all_bounds_is_a_usage_error():
 def test_a_dry_run_creates_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = invoke("sweep", "offline-cpu", "--dry-run", "--json")
-    assert result.exit_code == 0 and json.loads(result.stdout)["runs"] == 616 and not list(tmp_path.iterdir())
+    assert result.exit_code == 0 and json.loads(result.stdout)["runs"] == 924 and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="expected a folder for the store"):
         (tmp_path / "file").write_text("")
         Store(tmp_path / "file" / "store")

@@ -82,8 +82,8 @@ class Anatomy:
     blocks: list  # of callables, tokens -> tokens
     # parameters of the norm after the last block: name -> nn.Parameter
     final_norm: dict
-    # inputs -> (N, classes), the whole model; with a head on every patch (N, classes,
-    # H, W), on every token (N, classes, n)
+    # inputs -> logits of the whole model: (N, classes); (N, classes, H, W) with a
+    # head on every patch, (N, classes, n) of a language model
     logits: Callable
     # () -> parameters of the classification head, empty without one: name ->
     # nn.Parameter

@@ -372,14 +372,15 @@ SAME = {torch.float64: 1e-7, torch.float32: 1e-3}  # of the largest output
 
 def outputs(model) -> torch.Tensor:
     """What a model says about two pictures of noise, or two token sequences: its
-    logits, or tokens behind the last norm where there is no head.
+    logits, or tokens behind the last norm where there is no head, or one of zeros.
     """
     parts, x = anatomy(model), noise(model, 2)
     with evaluating(model):
-        if (logits := getattr(model(x), "logits", None)) is not None:
+        logits = getattr(model(x), "logits", None)
+        if logits is None and parts.head():
+            logits = parts.logits(x)
+        if logits is not None and logits.any():
             return logits
-        if parts.head():
-            return parts.logits(x)
         tokens = parts.tokens(x)
         for name in {n.rpartition(".")[0] for n in parts.final_norm}:
             tokens = model.get_submodule(name)(tokens)
