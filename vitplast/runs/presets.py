@@ -340,23 +340,10 @@ PRESETS = {
         Grid(
             MATCHED[:2],
             models=(
-                "formula-vit-tiny",
-                "formula-vit-base",
-                "formula-vit-225k",
-                "formula-vit-900k",
                 "formula-vit-no-mask",
                 "formula-vit-few-classes",
             ),
             seeds=(0, 1),
-            config=CPU,
-            extend=True,
-        ),
-        # adamw-cpu has the first seed
-        Grid(
-            ABLATED,
-            lrs=hundredth((0.03, 0.1, 0.3, 1.0)),
-            seeds=(1,),
-            optimizers=("adamw",),
             config=CPU,
             extend=True,
         ),
