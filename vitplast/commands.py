@@ -97,7 +97,11 @@ def advise(
     optimizer: str = typer.Option("sgd", help="sgd or adamw."),
     steps: int = typer.Option(240, min=1, help="Of the training that it is for."),
     batch: int = typer.Option(32, "--batch", min=1, help="Pictures in a step."),
-    images: int = typer.Option(64, min=2, help="Training pictures to look at."),
+    images: int = typer.Option(
+        None,
+        min=2,
+        help="Training pictures to look at (64; 16 where one takes long).",
+    ),
     size: int = typer.Option(
         None, min=1, help="Side of the pictures, for networks that take others."
     ),

@@ -8,10 +8,13 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_vit
+from timm.models.vision_transformer import VisionTransformer
 
 import vitplast as vp
 from vitplast.choosing import budgeted, place_sizes, read_advice, suggest_rates
-from vitplast.choosing.advice import OF_KINDS, OF_PLACES, doubts_of
+from vitplast.choosing.advice import (
+    OF_KINDS, OF_PLACES, doubts_of, pictures_of, with_few,
+)
 from vitplast.choosing.candidates import FREE, NORMS, WHOLE, costs
 from vitplast.data import Split
 from vitplast.models import Selection, prepare
@@ -215,3 +218,22 @@ def test_rates_of_low_rank_updates_are_those_of_their_matrices(task):
     for update, optimizer in (("random:9", "sgd"), ("lora:4", "adamw")):
         with pytest.raises(ValueError, match=f"update='{update}' with {optimizer}: no rule"):
             suggest_rates(named(), task, ["MHA"], replace(CONFIG, update=update, optimizer=optimizer))
+
+
+def test_large_networks_are_looked_at_through_fewer_pictures():
+    # numbers in the blocks times tokens, as a picture needs multiplications
+    large = VisionTransformer(img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, mlp_ratio=8)
+    inner = sum(p.numel() for p in large.blocks.parameters()) * 197
+    assert inner > 5e9 and pictures_of(large) == 16
+    small = VisionTransformer(img_size=112, patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    assert sum(p.numel() for p in small.blocks.parameters()) * 50 < 5e9 and pictures_of(small) == 64
+
+
+def test_a_large_task_is_cut_in_its_order():
+    task = vp.task("digits")
+    few = with_few(task, 256, 0)
+    rows = [int((task.train.images == image).all((1, 2, 3)).nonzero()[0]) for image in few.train.images[:40]]
+    assert len(few.train) == 256 and rows == sorted(rows) and few.augment is None
+    assert torch.equal(few.train.labels[:40], task.train.labels[rows])
+    whole = with_few(task, len(task.train) + 5, 0)
+    assert torch.equal(whole.train.images, task.train.images)
