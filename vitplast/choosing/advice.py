@@ -396,12 +396,12 @@ def advise(
     parameters that may train, or bytes of optimizer and activations, as "200MB";
     None or "best" for whatever is best; config: the recipe that the rates are for;
     images: training pictures that are looked at (64; 16 where a picture takes more
-    than 5 billion multiplications, as with a ViT-B at 224 pixels), beside a head that is trained
-    alone for 60 steps on at most 256, not augmented; attempts: so many of the first
-    candidates, and the head, are trained for a quarter of the steps, at the
-    suggested rate and a third of it, and validation puts them in order;
-    labels: False for pictures without classes (a
-    folder in any depth), which give no rates. The model is left alone. Raises
+    than 5 billion multiplications, as with a ViT-B at 224 pixels), beside a head
+    that is trained alone for 60 steps on at most 256, not augmented; attempts: so
+    many of the first candidates, and the head, are trained for a quarter of the
+    steps, at the suggested rate and a third of it, and validation puts them in
+    order; labels: False for pictures without classes (a folder in any depth), which
+    give no rates. The model is left alone. Raises
     ValueError for a budget that is none or too small, and what `vp.criteria`
     raises.
     """
