@@ -272,7 +272,7 @@ def finetune(
     """
     import vitplast.training as training
     from vitplast.choosing import read_advice, suggest_rates
-    from vitplast.data import known_as, task_for
+    from vitplast.data import check_one_label, known_as, task_for
     from vitplast.models import load
 
     with plain_errors(f"What {save} holds is taken up by the same command."):
@@ -295,6 +295,7 @@ def finetune(
         loaded = load(model, **({"img_size": size} if size else {}))
         loaded = loaded.to(chosen_device(device))
         made = task_for(loaded, target, **own)
+        check_one_label(made, "vitplast finetune")
         steps = asked["steps"]
         asked |= {"seed": seed, "eval_every": max(1, steps // 8), "bf16": "auto"}
         asked |= {"class_weights": class_weights, "patience": patience}

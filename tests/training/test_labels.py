@@ -8,8 +8,10 @@ from architectures import build
 from conftest import tiny_vit
 from sklearn.metrics import accuracy_score, jaccard_score
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
+from typer.testing import CliRunner
 
 import vitplast as vp
+from vitplast.cli import app
 from vitplast.data import Split, Task
 from vitplast.models import anatomy, prepare
 from vitplast.training import finetune_many, fit_head
@@ -104,6 +106,21 @@ def test_what_pixels_cannot_have(dense):
         finetune_many(model, dense, "MHA", [FAST, replace(FAST, seed=1)])
     with pytest.raises(TypeError, match="a VisionTransformer has no head for pixels: expected"):
         vp.finetune(TorchvisionViT(16, 8, 2, 3, 24, 40, num_classes=4), dense, "MHA", FAST)
+
+
+def test_what_needs_one_label_says_so_before_it_computes(dense, sequences, tmp_path):
+    for model, task, shape in ((tiny_vit(), dense, r"halves has \(16, 16\)"), (language_model(), sequences, r"counting has \(9,\)")):
+        for call in (vp.advise, vp.criteria, lambda m, t: vp.suggest_rates(m, t, ["MHA"])):
+            with pytest.raises(ValueError, match="needs one label of each input; " + shape):
+                call(model, task)
+    done = CliRunner().invoke(app, ["finetune", "formula-vit", "shapes/mask", "--save", str(tmp_path / "run")])
+    assert done.exit_code == 1 and "needs one label of each input; shapes/mask has (32, 32)" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_classes_has_no_label_for_a_token(sequences):
+    with pytest.raises(ValueError, match="has a label for each token, the model says one class of a sequence"):
+        vp.finetune(build("GPT-2 class head"), sequences, "MHA", FAST)
 
 
 def language_model():

@@ -19,7 +19,14 @@ import yaml
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data import FORMULA, Split, Task, named_images, task_for
+from vitplast.data import (
+    FORMULA,
+    Split,
+    Task,
+    check_one_label,
+    named_images,
+    task_for,
+)
 from ..files import check_count, check_name, version
 from ..models import anatomy, prepare, unwrapped
 from ..theory import first_step
@@ -417,6 +424,7 @@ def advise(
         check_count("images", images)
         return advise_without_labels(model, task, budget, config, images, seed)
     task = task_for(model, task)
+    check_one_label(task, "advice")
     with tqdm(total=4, desc="advice", disable=not progress) as bar:
         few = with_few(task, max(images, HEAD_PICTURES), seed)
         sample = draw_sample(model, few, images, None, seed)

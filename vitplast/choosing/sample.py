@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data import FORMULA, Split, Task, named_images
+from ..data import FORMULA, Split, Task, check_one_label, named_images
 from ..files import check_count
 from ..models import anatomy, check_bare, prepare
 from ..theory import check_labelled
@@ -30,6 +30,7 @@ def few(split: Split, n) -> Split:
 
 def with_head(model, task: Task, seed=0, progress=False) -> nn.Module:
     "A copy of a model whose head was trained alone for 60 steps."
+    check_one_label(task, "a trained head")
     small = replace(
         task, validation=few(task.validation, 1), test=few(task.test, 1)
     )

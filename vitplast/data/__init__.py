@@ -8,7 +8,7 @@ from vitplast._door import door
 __all__ = door(
     __name__,
     formula="FormulaConfig FormulaImages",
-    splits="Split Task agreement",
+    splits="Split Task agreement check_one_label",
     reading="Files PICTURES_VERSION RandomCrops decode",
     folders="below find_pictures folder_contents is_image",
     corruptions="CORRUPTIONS corrupt",

@@ -164,6 +164,11 @@ def check_tokens(parts, given) -> Task:
             )
         check_sequences(parts, images, f"task {given.name!r}, {name}")
     known = parts.vocabulary
+    if given.train.labels.ndim == 2 and parts.head():
+        raise ValueError(
+            f"task {given.name!r} has a label for each token, the model says one"
+            " class of a sequence: expected a language model"
+        )
     if given.train.labels.ndim == 2 and given.n_classes != known:
         raise ValueError(
             f"task {given.name!r} has {given.n_classes} classes of tokens, the"

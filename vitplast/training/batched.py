@@ -22,7 +22,7 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..data import task_for
+from ..data import check_one_label, task_for
 
 # %% ../../nbs/training/batched.ipynb #f84a6344
 from vitplast.models import (
@@ -51,7 +51,6 @@ from vitplast.training.freezing import (
     training_mode,
     weight_digests,
 )
-from .probe import check_one_label
 from vitplast.training.recipe import (
     FinetuneConfig,
     check_batch,
