@@ -62,7 +62,7 @@ def test_presets_hold_the_published_grid():
 
 
 def test_presets_differ_in_data_only():
-    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 924, "offline-cpu-separate": 616, "real-cpu": 328, "twins-cpu": 688, "twins-real-cpu": 101, "places-cpu": 1488, "places-real-cpu": 2175, "adamw-cpu": 132, "advice-cpu": 180, "matched-cpu": 840, "peft-cpu": 660, "unions-cpu": 820, "few-cpu": 504, "elsewhere-cpu": 84, "ablations-cpu": 224, "dense-cpu": 140, "text-cpu": 192}
+    assert {name: len(all_runs(grids)) for name, grids in PRESETS.items()} == {"paper": 1428, "offline": 1428, "offline-cpu": 924, "offline-cpu-separate": 616, "real-cpu": 328, "twins-cpu": 688, "twins-real-cpu": 101, "places-cpu": 1488, "places-real-cpu": 2175, "adamw-cpu": 132, "advice-cpu": 180, "matched-cpu": 840, "peft-cpu": 660, "unions-cpu": 1020, "few-cpu": 504, "elsewhere-cpu": 84, "ablations-cpu": 784, "dense-cpu": 140, "text-cpu": 192}
     cpu = all_runs(PRESETS["offline-cpu"])
     assert {r.components for r in cpu} == set(CHOICES) == {"LN1", "MHA", "LN2", "FC1", "FC2", "all", "head"}
     assert len({r.task for r in cpu}) == 11 and len({r.config.lr for r in cpu}) == 4 and len({r.config.seed for r in cpu}) == 3

@@ -6,9 +6,9 @@
 __all__ = ['CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU', 'CPU', 'JOINT', 'REAL_CPU', 'REAL_TWICE',
            'TWINS', 'EIGHT', 'BARE', 'WIDE', 'CLIPPED', 'DECADES', 'REAL_BARE', 'REAL_WIDE', 'REAL_JOINT', 'REAL_TWIN',
            'REAL_DECADES', 'SMALL_LRS', 'LOUD', 'REAL_TASKS', 'REAL_PLACES', 'MATRICES', 'MATCHED', 'FAMILIES', 'SIZED',
-           'PARTS_ALONE', 'CORRUPTED_DIGITS', 'BIASES', 'NORMS', 'LARGER_LRS', 'PEFT', 'published', 'hundredth', 'real',
-           'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places', 'real_places', 'through', 'real_through',
-           'unions', 'thirds']
+           'PARTS_ALONE', 'CORRUPTED_DIGITS', 'BIASES', 'NORMS', 'LARGER_LRS', 'PEFT', 'BEST_UNIONS', 'published',
+           'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places', 'real_places', 'through',
+           'real_through', 'unions', 'thirds']
 
 # %% ../../nbs/runs/arms.ipynb #fd91a65c
 from dataclasses import replace
@@ -197,6 +197,20 @@ def unions() -> tuple:
     "All pairs, triples and quadruples of kinds, and all five."
     sizes = range(2, len(KINDS) + 1)
     return tuple("+".join(c) for n in sizes for c in combinations(KINDS, n))
+
+
+BEST_UNIONS = (  # of the first seed by validation, mean over FAMILIES
+    "MHA+LN2+FC2",
+    "LN1+MHA+LN2+FC2",
+    "MHA+LN2+FC1+FC2",
+    "LN1+MHA+FC2",
+    "LN1+MHA+LN2+FC1+FC2",
+    "MHA+FC2",
+    "MHA+FC1+FC2",
+    "MHA+LN2",
+    "LN1+MHA+LN2+FC1",
+    "LN1+MHA+FC1+FC2",
+)
 
 
 def thirds(depth) -> tuple:

@@ -16,6 +16,7 @@ from ..files import check_name
 from ..models import CHOICES, KINDS, with_file
 from vitplast.runs.arms import (
     ABLATED,
+    BEST_UNIONS,
     BIASES,
     CIFAR,
     CLIPPED,
@@ -305,6 +306,7 @@ PRESETS = {
     "unions-cpu": (
         Grid(FAMILIES, selections=unions(), seeds=(0,), config=CPU, extend=True),
         Grid(FAMILIES, selections=thirds(6), seeds=(0,), config=CPU, extend=True),
+        Grid(FAMILIES, selections=BEST_UNIONS, seeds=(1,), config=CPU, extend=True),
     ),
     "few-cpu": tuple(
         Grid(
@@ -340,10 +342,23 @@ PRESETS = {
         Grid(
             MATCHED[:2],
             models=(
+                "formula-vit-tiny",
+                "formula-vit-base",
+                "formula-vit-225k",
+                "formula-vit-900k",
                 "formula-vit-no-mask",
                 "formula-vit-few-classes",
             ),
             seeds=(0, 1),
+            config=CPU,
+            extend=True,
+        ),
+        # adamw-cpu has the first seed
+        Grid(
+            ABLATED,
+            lrs=hundredth((0.03, 0.1, 0.3, 1.0)),
+            seeds=(1,),
+            optimizers=("adamw",),
             config=CPU,
             extend=True,
         ),
