@@ -3,6 +3,9 @@
     python tools/reproduce.py [NOTEBOOK ...]    keeps their outputs; all pages of nbs/_toc.yml without arguments
     python tools/reproduce.py --smoke           all pages in a copy that is thrown away, two at a time; of every store of
                                                 results one record is measured again, the others are found
+
+With VITPLAST_SCALE the experiment pages run at another scale (nbs/showing/scales.ipynb): their outputs go to _build/SCALE,
+their records to nbs/results-SCALE, and the book stays as it is.
 """
 import math
 import os
@@ -19,6 +22,7 @@ from nbclient import NotebookClient
 
 from vitplast.data import SUITES
 from vitplast.runs import Store, as_line
+from vitplast.showing.scales import SETTING
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -32,11 +36,14 @@ def pages(nbs=NBS) -> list:
 
 
 def execute(path, keep=True):
-    "Run one notebook in its own folder, print its seconds, and write it back with its outputs."
+    "Run one notebook in its own folder, print its seconds, and write it back, or beside the book, with its outputs."
     started, notebook = time.monotonic(), nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     if keep:
-        nbformat.write(notebook, path)
+        scale = os.environ.get(SETTING, "stored")
+        out = path if scale == "stored" else ROOT / "_build" / scale / path.parent.name / path.name
+        out.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, out)
     print(f"{time.monotonic() - started:7.1f} s  {path.parent.name}/{path.name}", flush=True)
 
 
