@@ -10,7 +10,8 @@ __all__ = door(
     criteria="CRITERIA FAMILIES criteria",
     judging=(
         "chance correlation gains kinds_of lost_by mean_interval partial_correlation regrets "
-        "score_table scores short_runs standing stored_criteria together"
+        "score_table scores short_runs standing stored_criteria stored_plasticity "
+        "together"
     ),
     budget="budgeted greedy place_sizes",
     advice="Advice advise answer_of display_advice read_advice",
