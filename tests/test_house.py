@@ -153,6 +153,11 @@ def test_no_placeholder_is_left():
         assert not re.search(r"(?<!\$)\b[A-Z]{3,}_[A-Z]{3,}\b(?!_)", re.sub(r"`.*?`|^    .*$|```.*?```", "", text, flags=re.MULTILINE | re.DOTALL)), path
 
 
+def test_no_merge_is_half_done():
+    texts = [p for p in (*ROOT.glob("*.*"), *(p for d in ("nbs", "vitplast", "tests", "tools") for p in (ROOT / d).rglob("*"))) if p.suffix in (".md", ".py", ".ipynb", ".txt", ".yml", ".toml", ".ini", ".cff")]
+    assert len(texts) > 200 and [str(p) for p in texts if re.search(r'^\s*"?(<{7}|>{7})( |\Z)', p.read_text(encoding="utf-8"), re.MULTILINE)] == []
+
+
 def test_version_is_one():
     import vitplast
 

@@ -17,6 +17,6 @@ __all__ = door(
     mistakes="mistaken_pairs mistakes predictions_html",
     study="REAL_STUDY Study StudyConfig study summary",
     console="edges_text plan_text sweep_text",
-    scales="SCALES Scale at_scale caption counted",
+    scales="SCALES Scale Caption at_scale counted",
     report="FOOTNOTE difference_noise display_frame findings report_html text_table",
 )

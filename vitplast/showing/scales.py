@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['SETTING', 'SCALES', 'PUBLISHED', 'MEASURED', 'WORDS', 'at', 'rescaled', 'Claims', 'say_claims', 'paces', 'durations',
-           'counted', 'caption', 'Scale', 'at_scale']
+           'counted', 'Caption', 'Scale', 'at_scale']
 
 # %% ../../nbs/showing/scales.ipynb #d7b00c76
 import ast
+import builtins
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import log
 from pathlib import Path
-
-from IPython.display import Markdown
 
 from ..files import check_name
 from vitplast.runs import (
@@ -144,7 +143,7 @@ MEASURED = ("offline-cpu", "real-cpu", "places-real")
 
 @lru_cache(maxsize=None)
 def paces() -> dict:
-    "(on a GPU, arithmetic of the network) -> seconds of stored runs over their size."
+    "(GPU or not, arithmetic of the network) -> seconds of stored runs per size."
     spent, size = Counter(), Counter()
     for record in (r for s in MEASURED for r in stored_runs(f"../results/{s}")):
         run = RunConfig(
@@ -161,7 +160,7 @@ def paces() -> dict:
 
 
 def durations(runs) -> list:
-    "Seconds that runs take, one after another, on a core and on a GPU; None: unknown."
+    "Seconds that runs take, one after another, on a core and on a GPU, or None."
     totals = []
     for gpu in (False, True):
         known = {log(size): pace for (g, size), pace in paces().items() if g == gpu}
@@ -184,9 +183,11 @@ def counted(n, noun) -> str:
     return f"{number} {noun}{'s' * (n != 1)}"
 
 
-def caption(text) -> Markdown:
-    "What stands below a figure or a table."
-    return Markdown(f"*{text}*")
+class Caption(str):
+    "What stands below a figure or a table; a notebook shows it in italics."
+
+    def _repr_markdown_(self):
+        return f"*{self}*"
 
 # %% ../../nbs/showing/scales.ipynb #eb5936b4
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ class Scale:
         return list(dict.fromkeys(t for g in self.grids(preset) for t in g.tasks))
 
     def few(self, count) -> int:
-        "How many pictures, pairs or steps of a measurement: at most eight of smoke."
+        "How much of something is measured: at smoke at most eight."
         return min(count, 8) if self.name == "smoke" else count
 
     def table(self) -> list:
@@ -287,7 +288,10 @@ def at_scale(*presets) -> Scale:
     for preset in presets:
         rescaled(preset, name)
     if name != "stored":
-        from IPython import get_ipython
-
-        say_claims(get_ipython())
+        shell = getattr(builtins, "get_ipython", lambda: None)()
+        if shell is None:
+            raise ValueError(
+                f"{SETTING}={name}: expected to be asked in a notebook"
+            )
+        say_claims(shell)
     return Scale(name, presets)
