@@ -39,11 +39,10 @@ def caption_to_alt(app, doctree):
         if cell.parent is None or image.get("alt", "").strip():
             continue
         after = cell.parent[cell.parent.index(cell) + 1 :][:1]
+        # a caption that counts is the output of the next cell
+        after = after and list(after[0].findall(nodes.paragraph))[:1]
         caption = (
-            after
-            and isinstance(after[0], nodes.paragraph)
-            and len(after[0]) == 1
-            and isinstance(after[0][0], nodes.emphasis)
+            after and len(after[0]) == 1 and isinstance(after[0][0], nodes.emphasis)
         )
         image["alt"] = (
             after[0].astext()
