@@ -13,7 +13,7 @@ __all__ = door(
         "image_rows keep_headline mean_ranks measurement over_targets panels "
         "training_curves"
     ),
-    places="advice_html as_map place_maps",
+    places="PlaceExplorer advice_html as_map place_maps",
     mistakes="mistaken_pairs mistakes predictions_html",
     study="REAL_STUDY Study StudyConfig study summary",
     console="edges_text plan_text sweep_text",

@@ -1,0 +1,64 @@
+"""What a reader stumbles over, where it can be counted: long sentences, missing questions, headlines that do not fit one breath."""
+import json
+import re
+
+import pytest
+from test_house import ROOT
+
+PAGES = sorted((ROOT / "nbs/experiments").glob("*.ipynb"))
+# phrases that had to be read twice (READER.md), each of which has a plain form
+HABITS = r"\b(ours|theirs one|theirs|by mean|hangs? on|minds? the (learning )?rate|cannot be told|not to be told|said aloud)\b"
+
+
+def texts(page) -> list:
+    "The prose of a page: its paragraphs without tables, code, formulas and the targets of links."
+    found = []
+    for cell in json.loads(page.read_text())["cells"]:
+        if cell["cell_type"] != "markdown":
+            continue
+        text = "".join(cell["source"])
+        text = re.sub(r"```.*?```|\$\$.*?\$\$", "", text, flags=re.DOTALL)
+        for block in re.split(r"\n\s*\n|\n(?=[-*>#|] )", text):
+            if not re.match(r"\s*[#|]", block):
+                block = re.sub(r"\]\([^)]*\)", "]", block)
+                found.append(re.sub(r"\$[^$]*\$", "x", block).replace("\n", " "))
+    return found
+
+
+def sentences(text) -> list:
+    "Sentences, split where one ends and the next begins with a capital letter, a number or markup."
+    return [s for s in re.split(r"(?<=[.!?])[*)\"]* +(?=[A-Z0-9*`\[(\"])|(?<=:) *\Z", text) if s.strip()]
+
+
+def test_sentences_are_split_where_a_reader_breathes():
+    text = "One claim, e.g. this one. Then its number: 0.3 points. *A caption.* `MHA` leads."
+    assert [len(s.split()) for s in sentences(text)] == [5, 5, 2, 2]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_a_page_of_experiments_asks_finds_and_is_read_once(page):
+    prose = texts(page)
+    whole = " ".join(prose)
+    headings = "\n\n".join("".join(c["source"]) for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "markdown")
+    assert re.search(r"\*\*The question\.?\*\*", whole), "a page says what it asks"
+    assert re.search(r"^## What was found", headings, re.MULTILINE), "a page ends with what it found"
+    long = [s for t in prose for s in sentences(t) if len(s.split()) > 45]
+    assert long == [], "over 45 words"
+    assert re.findall(HABITS, whole) == [], "say who does what"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "nbs/results/headlines").glob("*.txt")), ids=lambda p: p.stem)
+def test_a_headline_is_one_breath(file):
+    assert len(file.read_text().split()) <= 30
+
+
+def test_what_is_long_is_counted(capsys):
+    "Exported cells of more than 40 lines: a number that may only fall."
+    long = []
+    for page in sorted((ROOT / "nbs").glob("*/*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb")):
+        for cell in json.loads(page.read_text())["cells"]:
+            if cell["cell_type"] == "code" and len(cell["source"]) > 40 and "export" in "".join(cell["source"][:2]):
+                long.append((len(cell["source"]), page.stem))
+    with capsys.disabled():
+        print(f" {len(long)} exported cells over 40 lines, longest {max(long)}", end="")
+    assert len(long) <= 112
