@@ -97,8 +97,8 @@ SCRIPT = """
         const cell = row.insertCell(), v = values[kind + "@" + i];
         if (v === undefined) continue;
         const share = 1 - (rank(some, v) - 1) / some.length;
-        const depth = (0.05 + 0.9 * share).toFixed(2);
-        cell.style.background = `rgba(0,114,178,${depth})`;
+        const shade = (0.05 + 0.9 * share).toFixed(2);
+        cell.style.background = `rgba(0,114,178,${shade})`;
         cell.style.color = share > 0.5 ? "#fff" : "#222";
         cell.textContent = show(v); cell.tabIndex = 0;
         cell.dataset.place = kind + "@" + i;
