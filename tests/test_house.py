@@ -161,7 +161,7 @@ def test_no_merge_is_half_done():
 def test_version_is_one():
     import vitplast
 
-    for file, pattern in (("settings.ini", r"^version = (.+)$"), ("CITATION.cff", r"^version: (.+)$")):
+    for file, pattern in (("settings.ini", r"^version = (.+)$"), ("CITATION.cff", r"^version: (.+)$"), ("nbs/references.md", r"^  version = \{(.+)\},$")):
         assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)[1] == vitplast.__version__
 
 
