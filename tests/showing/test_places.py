@@ -1,9 +1,14 @@
 """Maps of a network: every number stands in its square, and what is missing is left out."""
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pandas as pd
+import pytest
 
 from vitplast.models import KINDS
-from vitplast.showing import as_map, place_maps
+from vitplast.showing import PlaceExplorer, as_map, place_maps
 
 
 def test_every_number_is_in_its_square():
@@ -41,3 +46,40 @@ def test_a_page_of_advice_holds_what_it_was_given_and_escapes_it():
     page = advice_html("<b> on x", "Train MHA.", rows, places, ["a < b", "c"])
     assert "&lt;b&gt; on x" in page and "a &lt; b" in page and "<b> on x" not in page
     assert page.count("<tr>") == 3 and "0.3" in page and "the 3 components of 2 blocks" in page
+
+
+def explorer():
+    names = [f"{kind}@{block}" for block in range(2) for kind in KINDS]
+    frame = pd.DataFrame({"gain": np.arange(10.0), "a </script> number": -np.arange(10.0)}, names)
+    frame.loc["LN1@0", "a </script> number"] = np.nan
+    return frame, PlaceExplorer({"one": {"t": frame, "u": frame * 2}, "two": {"v": frame.head(5)}})
+
+
+def test_an_explorer_holds_every_number_and_asks_no_server():
+    frame, found = explorer()
+    text = found._repr_html_()
+    assert "://" not in text and text.count("</script>") == 1 and text.count("<select") == 3
+    assert found.data["one"]["u"]["gain"] == {p: 2.0 * i for i, p in enumerate(frame.index)}
+    assert set(frame.index) - set(found.data["one"]["t"]["a </script> number"]) == {"LN1@0"}
+    with pytest.raises(ValueError, match="one on t: no column 'gain'"):
+        PlaceExplorer({"one": {"t": frame[["a </script> number"]]}})
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
+def test_an_explorer_draws_both_maps_and_says_a_place(tmp_path):
+    "The script in a browser: squares and their ranks, and what a change of the lists and a tap do."
+    frame, found = explorer()
+    act = """<script>
+      const [network, task] = document.querySelectorAll("select");
+      task.value = "u"; task.onchange();
+      document.querySelector('[data-place="FC1@1"]').onclick();
+    </script>"""
+    page = tmp_path / "page.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8>{found._repr_html_()}{act}", encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    squares = re.findall(r'data-place="([^"]+)"[^>]*>([^<]+)<', dom)
+    assert len(squares) == 19  # one has no number
+    assert dict(squares[:10]) == {p: f"{2 * i}" for i, p in enumerate(frame.index)}
+    i = list(frame.index).index("FC1@1")
+    assert f"FC1 of block 1: gain {2 * i}, place {10 - i} of 10; a &lt;/script&gt; number {-2 * i}, place {i} of 9" in dom
