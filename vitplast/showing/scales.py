@@ -80,50 +80,63 @@ def rescaled(preset, scale) -> tuple:
 
 # %% ../../nbs/showing/scales.ipynb #c4e1875d
 class Claims(ast.NodeTransformer):
-    """Rewrites a notebook's cells that assert, so that what fails is said and does
-    not stop the page.
+    """Rewrites a notebook's cells so that a claim that fails, and what cannot be
+    computed at a scale, is said and does not stop the page.
     """
 
     def __init__(self, shell):
-        self.shell, self.held, self.failed = shell, 0, []
+        self.held, self.failed, self.shown = 0, [], None
         shell.user_ns["_claims_"] = self
 
     def visit_Module(self, tree):
-        "A cell: as it is, unless it asserts."
-        self.held, self.failed = 0, []
-        if not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
-            return tree
-        *body, last = map(self.visit, tree.body)
-        shown = isinstance(last, ast.Expr)  # IPython displays it
-        tree.body = [self.caught(s) for s in body]
-        tree.body.append(last if shown else self.caught(last))
+        "A cell: each statement by itself, and its last value shown as ever."
+        *body, last = map(self.visit, tree.body or [ast.Pass()])
+        if isinstance(last, ast.Expr):
+            shown = ast.Attribute(
+                ast.Name("_claims_", ast.Load()), "shown", ast.Store()
+            )
+            said = ast.unparse(last)
+            last = ast.copy_location(ast.Assign([shown], last.value), last)
+            body += [self.caught(last, said), ast.parse("_claims_.take()").body[0]]
+        else:
+            body.append(self.caught(last))
+        tree.body = [self.caught(s) for s in body[:-1]] + body[-1:]
         return ast.fix_missing_locations(tree)
 
     def visit_Assert(self, node):
         "A claim, wherever in the cell."
-        return self.caught(node, "_claims_.held += 1")
+        return self.caught(node, ast.unparse(node.test), "_claims_.held += 1")
 
-    def caught(self, node, then="pass"):
+    def caught(self, node, said="", then="pass"):
         "A statement whose failing is noted."
-        if isinstance(node, ast.Try):  # a claim
+        if isinstance(node, ast.Try):  # caught already
             return node
-        said = ast.unparse(node.test if isinstance(node, ast.Assert) else node)
+        said = said or ast.unparse(node)
         code = f"try: pass\nexcept Exception as e: _claims_.note({said!r}, e)\n"
         (tried,) = ast.parse(f"{code}else: {then}").body
         tried.body = [node]
         return tried
 
+    def take(self):
+        "The last value of a cell, for IPython to show."
+        value, self.shown = self.shown, None
+        return value
+
     def note(self, said, error):
-        "Keep what failed, and why if it is not a claim that is wrong."
-        why = "" if type(error) is AssertionError else f" ({error!r:.60})"
-        self.failed.append(f"{said.splitlines()[0]:.70}{why}")
+        "Keep what failed: a claim that is wrong, or what cannot be computed here."
+        said = f"{said.splitlines()[0]:.70}"
+        if type(error) is AssertionError:
+            self.failed.append(f"differs: {said}")
+        else:
+            self.failed.append(f"not at this scale: {said} ({error!r:.60})")
 
     def report(self, result=None):
         "Print what a cell's claims came to."
-        if self.held or self.failed:
-            print(f"as in the text: {self.held} of {self.held + len(self.failed)}")
-        for text in self.failed:
-            print(f"differs: {text}")
+        if wrong := sum(text.startswith("differs") for text in self.failed):
+            print(f"as in the text: {self.held} of {self.held + wrong}")
+        elif self.held:
+            print(f"as in the text: all of {self.held}")
+        print(*self.failed, sep="\n", end="\n" * bool(self.failed))
         self.held, self.failed = 0, []
 
 
