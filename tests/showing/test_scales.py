@@ -7,9 +7,9 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from nbclient import NotebookClient
 
-from vitplast.runs import PRESETS, Store, all_runs
+from vitplast.runs import GPU, PRESETS, Store, all_runs
 from vitplast.showing import Caption, Scale, at_scale, counted
-from vitplast.showing.scales import GPU, PUBLISHED, SCALES, SETTING, durations, rescaled, say_claims
+from vitplast.showing.scales import PUBLISHED, SCALES, SETTING, durations, rescaled, say_claims
 
 NBS = os.path.join(os.path.dirname(__file__), "../../nbs")
 

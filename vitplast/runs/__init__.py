@@ -17,7 +17,8 @@ __all__ = door(
         "curve_frame extended_arms other_versions probe_frame run_frame stored_runs "
         "sweep"
     ),
-    estimates="in_words seconds_left size_of",
+    arms="GPU",
+    estimates="arithmetic in_words seconds_left size_of",
     check="PUBLISHED_SEEDS check check_text published_results published_table welch",
     stats=(
         "SELECTIONS accuracy_table best_rates chosen compare corrected friedman "

@@ -18,16 +18,16 @@ from pathlib import Path
 
 from ..files import check_name
 from vitplast.runs import (
+    GPU,
     PRESETS,
     Grid,
     RunConfig,
     all_runs,
+    arithmetic,
     in_words,
     size_of,
     stored_runs,
 )
-from ..runs.arms import GPU
-from ..runs.estimates import arithmetic
 from ..training import FinetuneConfig
 
 # %% ../../nbs/showing/scales.ipynb #0a788bd1
