@@ -89,8 +89,8 @@ def check_labelled(model, parts, images, labels, places=False) -> tuple:
     if shape != (len(images),) or not len(images):
         given = f"a tensor {tuple(labels.shape)}" if whole else repr(labels)
         raise ValueError(
-            f"labels: {given:.60}, expected {max(1, len(images))} whole numbers in a"
-            " tensor"
+            f"labels: {given:.60}, expected {max(1, len(images))} whole"
+            " numbers in a tensor"
         )
     # a language model's is its embedding
     if not parts.head() and not (parts.vocabulary and labels.ndim == 2):
