@@ -40,7 +40,7 @@ def execute(path, keep=True):
     started, notebook = time.monotonic(), nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     if keep:
-        scale = os.environ.get(SETTING, "stored")
+        scale = os.environ.get(SETTING) or "stored"
         out = path if scale == "stored" else ROOT / "_build" / scale / path.parent.name / path.name
         out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, out)

@@ -7,8 +7,8 @@ __all__ = ['CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU',
            'TWINS', 'EIGHT', 'BARE', 'WIDE', 'CLIPPED', 'DECADES', 'REAL_BARE', 'REAL_WIDE', 'REAL_JOINT', 'REAL_TWIN',
            'REAL_DECADES', 'SMALL_LRS', 'LOUD', 'REAL_TASKS', 'REAL_PLACES', 'MATRICES', 'MATCHED', 'FAMILIES', 'SIZED',
            'PARTS_ALONE', 'CORRUPTED_DIGITS', 'BIASES', 'NORMS', 'LARGER_LRS', 'PEFT', 'BEST_UNIONS', 'published',
-           'hundredth', 'real', 'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places', 'real_places', 'through',
-           'real_through', 'unions', 'thirds']
+           'hundredth', 'by_adamw', 'real', 'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places', 'real_places',
+           'through', 'real_through', 'unions', 'thirds']
 
 # %% ../../nbs/runs/arms.ipynb #fd91a65c
 from dataclasses import replace
@@ -55,6 +55,13 @@ def published(
 def hundredth(lrs) -> tuple:
     "AdamW's learning rates."
     return tuple(lr / 100 for lr in lrs)
+
+
+def by_adamw(tasks, seeds) -> Grid:
+    "formula-vit with AdamW, at a hundredth of the rates."
+    lrs = hundredth((0.03, 0.1, 0.3, 1.0))
+    recipe = {"optimizers": ("adamw",), "config": CPU, "extend": True}
+    return Grid(tasks, lrs=lrs, seeds=seeds, **recipe)
 
 
 CIFAR, CORRUPTED, DOMAINNET = PAPER[:2], PAPER[2:7], PAPER[7:9]

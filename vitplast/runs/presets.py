@@ -47,6 +47,7 @@ from vitplast.runs.arms import (
     TWINS,
     WIDE,
     bare,
+    by_adamw,
     hundredth,
     places,
     published,
@@ -248,14 +249,7 @@ PRESETS = {
         real_places(REAL_TASKS[:-1], 1),
     ),
     "adamw-cpu": (
-        Grid(
-            ABLATED,
-            lrs=hundredth((0.03, 0.1, 0.3, 1.0)),
-            seeds=(0,),
-            optimizers=("adamw",),
-            config=CPU,
-            extend=True,
-        ),
+        by_adamw(ABLATED, (0,)),
         real(
             ("openclipart",),
             (0,),
@@ -354,13 +348,6 @@ PRESETS = {
             extend=True,
         ),
         # adamw-cpu has the first seed
-        Grid(
-            ABLATED,
-            lrs=hundredth((0.03, 0.1, 0.3, 1.0)),
-            seeds=(1,),
-            optimizers=("adamw",),
-            config=CPU,
-            extend=True,
-        ),
+        by_adamw(ABLATED, (1,)),
     ),
 }

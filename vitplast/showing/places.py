@@ -8,12 +8,13 @@ __all__ = ['STYLE', 'SCRIPT', 'as_map', 'place_maps', 'PlaceExplorer', 'advice_h
 # %% ../../nbs/showing/places.ipynb #d8be0fcf
 import html
 import json
+import re
 
 import numpy as np
 
 from ..files import key
 from ..models import KINDS
-from .figures import as_svg, panels
+from .figures import COLOURS, as_svg, panels
 from .report import CSS, figure_html, table_html
 
 # %% ../../nbs/showing/places.ipynb #16680970
@@ -54,21 +55,22 @@ def place_maps(fields, digits=0, orders=()):
     return figure
 
 # %% ../../nbs/showing/places.ipynb #a33eb115
-STYLE = """
-.places {font: 14px/1.4 sans-serif; max-width: 46rem}
-.places select {font: inherit; margin: 0 1rem .5rem 0; max-width: 100%}
-.places .maps {display: flex; flex-wrap: wrap; gap: 1rem}
-.places table {border-collapse: separate; border-spacing: 2px; font-size: 12px}
-.places caption {font-weight: 600; padding: .2rem; caption-side: top}
-.places td {min-width: 3rem; padding: .25rem; text-align: center; cursor: pointer}
-.places td:focus, .places td.at {outline: 2px solid #D55E00}
-.places p {min-height: 2.8em; margin: .5rem 0}
+STYLE = f"""
+.places {{font: 14px/1.4 sans-serif; max-width: 46rem}}
+.places select {{font: inherit; margin: 0 1rem .5rem 0; max-width: 100%}}
+.places .maps {{display: flex; flex-wrap: wrap; gap: 1rem}}
+.places table {{border-collapse: separate; border-spacing: 2px; font-size: 12px}}
+.places caption {{font-weight: 600; padding: .2rem; caption-side: top}}
+.places td {{min-width: 3rem; padding: .25rem; text-align: center; cursor: pointer}}
+.places td:focus, .places td.at {{outline: 2px solid {COLOURS["MHA"]}}}
+.places p {{min-height: 2.8em; margin: .5rem 0}}
 """
 
 # %% ../../nbs/showing/places.ipynb #05d7083e
 SCRIPT = """
 (() => {
-  const root = document.getElementById("ID"), data = DATA, kinds = KINDS;
+  const root = document.getElementById(ID);
+  const data = DATA, kinds = KINDS, measured = MEASURED;
   const [network, task, number] = root.querySelectorAll("select");
   const [left, right] = root.querySelectorAll("table");
   const said = root.querySelector("p");
@@ -97,8 +99,8 @@ SCRIPT = """
         const cell = row.insertCell(), v = values[kind + "@" + i];
         if (v === undefined) continue;
         const share = 1 - (rank(some, v) - 1) / some.length;
-        const shade = (0.05 + 0.9 * share).toFixed(2);
-        cell.style.background = `rgba(0,114,178,${shade})`;
+        const shade = Math.round(13 + 230 * share).toString(16).padStart(2, "0");
+        cell.style.background = COLOUR + shade;
         cell.style.color = share > 0.5 ? "#fff" : "#222";
         cell.textContent = show(v); cell.tabIndex = 0;
         cell.dataset.place = kind + "@" + i;
@@ -118,13 +120,13 @@ SCRIPT = """
         : `${n} ${show(v)}, place ${rank(some, v)} of ${some.length}`;
     };
     said.textContent = `${kind} of block ${block}: ` +
-      ["GAIN", number.value].map(about).join("; ");
+      [measured, number.value].map(about).join("; ");
   };
   const renew = () => {
     fill(task, Object.keys(data[network.value]));
     const names = Object.keys(data[network.value][task.value]);
-    fill(number, names.filter(n => n !== "GAIN"));
-    draw(left, "GAIN"); draw(right, number.value);
+    fill(number, names.filter(n => n !== measured));
+    draw(left, measured); draw(right, number.value);
   };
   fill(network, Object.keys(data));
   [network, task, number].forEach(s => s.onchange = renew);
@@ -156,12 +158,20 @@ class PlaceExplorer:
                 self.data.setdefault(network, {})[task] = columns
 
     def _repr_html_(self):
-        data = json.dumps(self.data).replace("</", "<\\/")
         name = f"places-{key(self.data)[:8]}"
-        script = SCRIPT.replace("DATA", data).replace(
-            "KINDS", json.dumps(list(KINDS))
+        values = {
+            "ID": name,
+            "DATA": self.data,
+            "KINDS": list(KINDS),
+            "MEASURED": self.measured,
+            "COLOUR": COLOURS["FC1"],
+        }
+        # in one pass, so that no value is taken for a place of another
+        script = re.sub(
+            r"\b(ID|DATA|KINDS|MEASURED|COLOUR)\b",
+            lambda m: json.dumps(values[m[1]]).replace("</", "<\\/"),
+            SCRIPT,
         )
-        script = script.replace("GAIN", self.measured).replace('"ID"', f'"{name}"')
         choices = "".join(
             f'<label>{what} <select aria-label="{what}"></select></label>'
             for what in ("network", "task", "number")
