@@ -7,7 +7,7 @@ __all__ = ['CIFAR', 'CORRUPTED', 'DOMAINNET', 'DOMAINNET_LRS', 'ABLATED', 'GPU',
            'TWINS', 'EIGHT', 'BARE', 'WIDE', 'CLIPPED', 'DECADES', 'REAL_BARE', 'REAL_WIDE', 'REAL_JOINT', 'REAL_TWIN',
            'REAL_DECADES', 'SMALL_LRS', 'LOUD', 'REAL_TASKS', 'REAL_PLACES', 'MATRICES', 'MATCHED', 'FAMILIES', 'SIZED',
            'PARTS_ALONE', 'CORRUPTED_DIGITS', 'BIASES', 'NORMS', 'LARGER_LRS', 'PEFT', 'BEST_UNIONS', 'published',
-           'hundredth', 'by_adamw', 'real', 'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places', 'real_places',
+           'hundredth', 'real', 'by_adamw', 'twins', 'powers', 'bare', 'scaled', 'real_bare', 'places', 'real_places',
            'through', 'real_through', 'unions', 'thirds']
 
 # %% ../../nbs/runs/arms.ipynb #fd91a65c
@@ -57,13 +57,6 @@ def hundredth(lrs) -> tuple:
     return tuple(lr / 100 for lr in lrs)
 
 
-def by_adamw(tasks, seeds) -> Grid:
-    "formula-vit with AdamW, at a hundredth of the rates."
-    lrs = hundredth((0.03, 0.1, 0.3, 1.0))
-    recipe = {"optimizers": ("adamw",), "config": CPU, "extend": True}
-    return Grid(tasks, lrs=lrs, seeds=seeds, **recipe)
-
-
 CIFAR, CORRUPTED, DOMAINNET = PAPER[:2], PAPER[2:7], PAPER[7:9]
 
 # %% ../../nbs/runs/arms.ipynb #4af14e00
@@ -98,6 +91,13 @@ def real(
         extend=True,
         **changes,
     )
+
+# %% ../../nbs/runs/arms.ipynb #6f8bd8e7
+def by_adamw(tasks, seeds) -> Grid:
+    "formula-vit with AdamW, at a hundredth of the rates."
+    lrs = hundredth((0.03, 0.1, 0.3, 1.0))
+    recipe = {"optimizers": ("adamw",), "config": CPU, "extend": True}
+    return Grid(tasks, lrs=lrs, seeds=seeds, **recipe)
 
 # %% ../../nbs/runs/arms.ipynb #2ef75512
 TWINS = ("digits", "glyphs", "sketch")  # of three families

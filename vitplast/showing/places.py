@@ -168,13 +168,8 @@ class PlaceExplorer:
 
     def _repr_html_(self):
         name = f"places-{key(self.data)[:8]}"
-        script = filled(
-            ID=name,
-            DATA=self.data,
-            KINDS=list(KINDS),
-            MEASURED=self.measured,
-            COLOUR=COLOURS["FC1"],
-        )
+        at = {"ID": name, "KINDS": list(KINDS), "COLOUR": COLOURS["FC1"]}
+        script = filled(DATA=self.data, MEASURED=self.measured, **at)
         choices = "".join(
             f'<label>{what} <select aria-label="{what}"></select></label>'
             for what in ("network", "task", "number")
