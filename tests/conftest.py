@@ -1,7 +1,10 @@
 """Small models and tasks that every test can afford."""
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # two workers on two cores; before numpy is loaded
 
@@ -21,10 +24,23 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the tasks of the pr
 SWEEPS = ("test_sweep.py", "test_study.py", "test_cli.py")  # start processes, and are stopped by the clock
 
 
+BOOK = ("test_book.py", "test_apparatus.py")  # read the built book
+
+
 def scope_of(nodeid) -> str:
     "A file's tests stay together and share its fixtures; those that start sweeps are one group, never two at a time."
     file = nodeid.split("::")[0]
-    return "sweeps" if file.endswith(SWEEPS) else file
+    return "sweeps" if file.endswith(SWEEPS) else "book" if file.endswith(BOOK) else file
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    "The folder of the built book."
+    out, nbs = tmp_path_factory.mktemp("book"), Path(__file__).resolve().parents[1] / "nbs"
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", nbs, "--path-output", out, "--warningiserror", "--keep-going"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out / "_build" / "html"
 
 
 def pytest_collection_modifyitems(items):

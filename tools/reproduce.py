@@ -7,6 +7,7 @@
 With VITPLAST_SCALE the experiment pages run at another scale (nbs/showing/scales.ipynb): their outputs go to _build/SCALE,
 their records to nbs/results-SCALE, and the book stays as it is.
 """
+import json
 import math
 import os
 import shutil
@@ -21,6 +22,7 @@ import yaml
 from nbclient import NotebookClient
 
 from vitplast.data import SUITES
+from vitplast.files import replacing
 from vitplast.runs import Store, as_line
 from vitplast.showing.scales import SETTING
 
@@ -35,7 +37,7 @@ def pages(nbs=NBS) -> list:
     return [p for name in names if (p := nbs / f"{name}.ipynb").exists()]
 
 
-def execute(path, keep=True):
+def execute(path, keep=True) -> float:
     "Run one notebook in its own folder, print its seconds, and write it back, or beside the book, with its outputs."
     started, notebook = time.monotonic(), nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
@@ -44,7 +46,9 @@ def execute(path, keep=True):
         out = path if scale == "stored" else ROOT / "_build" / scale / path.parent.name / path.name
         out.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, out)
-    print(f"{time.monotonic() - started:7.1f} s  {path.parent.name}/{path.name}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{seconds:7.1f} s  {path.parent.name}/{path.name}", flush=True)
+    return seconds
 
 
 def is_elsewhere(record) -> bool:
@@ -73,6 +77,19 @@ def numbers(value, place=()) -> dict:
     return found
 
 
+def note_seconds(seconds):
+    "Keep what each page takes, for the page to say; a number that is half right stays, so that files change with pages."
+    file = NBS / "results/seconds.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    kept = {}
+    for name, now in sorted(seconds.items()):
+        rough = max(1, int(float(f"{now:.1g}" if now < 10 else f"{now:.2g}")))
+        before = known.get(name, 0)
+        kept[name] = before if before / 2 <= now <= 2 * before else rough
+    with replacing(file) as new:
+        new.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def smoke():
     "Every page in a copy of the book, which no page can tell from the real one; fails if a page does, or measures nothing."
     with tempfile.TemporaryDirectory() as folder:
@@ -82,8 +99,10 @@ def smoke():
         stores = [f.parent for f in sorted(nbs.glob("results/*/runs.jsonl"))]
         forgotten = {store: forget_one(store) for store in stores}
         os.environ["OMP_NUM_THREADS"] = "1"
+        names = [str(p.relative_to(nbs).with_suffix("")) for p in pages(nbs)]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda page: execute(page, keep=False), pages(nbs)))
+            seconds = list(pool.map(lambda page: execute(page, keep=False), pages(nbs)))
+        note_seconds(dict(zip(names, seconds)))
         for store, records in forgotten.items():
             for name, old in records.items():
                 new = Store(store).records().get(name)

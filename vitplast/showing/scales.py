@@ -33,9 +33,10 @@ from ..training import FinetuneConfig
 # %% ../../nbs/showing/scales.ipynb #0a788bd1
 SETTING = "VITPLAST_SCALE"
 SCALES = {
-    "stored": "the runs that the text is about, found in the stores of the book",
+    "stored": "the presets that the page reads, found in the stores of the book;"
+    " rates beyond an edge come on top",
     "smoke": "six steps, one seed, two rates: does every cell run?",
-    "offline-cpu": "the same runs as stored, computed anew",
+    "offline-cpu": "the same presets, computed anew",
     "offline": f"{GPU.steps:,} steps of {GPU.batch_size} pictures each, for a GPU",
     "paper": "the published networks, data sets and steps, for several GPUs",
 }
