@@ -1,4 +1,5 @@
 """What a reader stumbles over, where it can be counted: long sentences, missing questions, headlines that do not fit one breath."""
+import ast
 import json
 import re
 
@@ -61,4 +62,28 @@ def test_what_is_long_is_counted(capsys):
                 long.append((len(cell["source"]), page.stem))
     with capsys.disabled():
         print(f" {len(long)} exported cells over 40 lines, longest {max(long)}", end="")
-    assert len(long) <= 113
+    assert len(long) <= 112
+
+
+def breathless(cells) -> int:
+    "Code cells that follow another without a sentence; folded ones and imports are left out."
+    found, before = 0, None
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            tags = cell["metadata"].get("tags", [])
+            folded = any(t.startswith(("hide", "remove")) for t in tags)
+            imports = all(isinstance(s, (ast.Import, ast.ImportFrom)) for s in ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE)).body)
+            if folded or imports:
+                continue
+            found += before == "code"
+        before = cell["cell_type"]
+    return found
+
+
+def test_code_has_a_sentence_before_it(capsys):
+    "A number that may only fall: code cells directly after code."
+    loose = {p.stem: n for p in sorted((ROOT / "nbs").glob("*/*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb")) if (n := breathless(json.loads(p.read_text())["cells"]))}
+    with capsys.disabled():
+        print(f" {sum(loose.values())} cells without a sentence, most in {max(loose, key=loose.get, default='none')}", end="")
+    assert sum(loose.values()) <= 352
