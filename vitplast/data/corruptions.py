@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'LARGE', 'LUMA', 'CORRUPTIONS', 'contrast', 'gaussian_noise', 'speckle_noise', 'smear', 'motion_blur', 'snow',
-           'corrupt']
+           'check_asked', 'corrupt']
 
 # %% ../../nbs/data/corruptions.ipynb #7adc842a
 import math
@@ -120,23 +120,9 @@ def snow(x, c, g):
     bleached = kept * x + (1 - kept) * torch.maximum(x, 1.5 * grey + 0.5)
     return bleached + flakes + flakes.flip(2, 3)
 
-# %% ../../nbs/data/corruptions.ipynb #04f1bb36
-CORRUPTIONS = {
-    f.__name__: f
-    for f in (contrast, gaussian_noise, motion_blur, snow, speckle_noise)
-}
-
-# %% ../../nbs/data/corruptions.ipynb #619161c2
-def corrupt(images, corruption, severity=5, g=None) -> torch.Tensor:
-    """Corrupt images (N, 3, H, W), floats in [0, 1] or bytes; the same kind comes
-    back.
-
-    corruption: one of CORRUPTIONS; severity: 1 to 5; g: the generator of what is
-    random, seed 0 by default. Raises ValueError for an unknown corruption, another
-    severity, or images of another shape or range. Source: Hendrycks and Dietterich
-    2019.
-    """
-    check_name("corruption", corruption, list(CORRUPTIONS))
+# %% ../../nbs/data/corruptions.ipynb #0248f717
+def check_asked(images, severity):
+    "ValueError or TypeError for another severity, or images of another kind."
     if (
         isinstance(severity, bool)
         or not isinstance(severity, numbers.Integral)
@@ -160,7 +146,27 @@ def corrupt(images, corruption, severity=5, g=None) -> torch.Tensor:
             f"images range from {images.min():.3g} to {images.max():.3g}: expected"
             " floats in [0, 1] or bytes"
         )
+
+# %% ../../nbs/data/corruptions.ipynb #04f1bb36
+CORRUPTIONS = {
+    f.__name__: f
+    for f in (contrast, gaussian_noise, motion_blur, snow, speckle_noise)
+}
+
+
+def corrupt(images, corruption, severity=5, g=None) -> torch.Tensor:
+    """Corrupt images (N, 3, H, W), floats in [0, 1] or bytes; the same kind comes
+    back.
+
+    corruption: one of CORRUPTIONS; severity: 1 to 5; g: the generator of what is
+    random, seed 0 by default. Raises ValueError for an unknown corruption, another
+    severity, or images of another shape or range. Source: Hendrycks and Dietterich
+    2019.
+    """
+    check_name("corruption", corruption, list(CORRUPTIONS))
+    check_asked(images, severity)
     g = torch.Generator(images.device).manual_seed(0) if g is None else g
+    is_bytes = images.dtype == torch.uint8
     constants = SMALL if max(images.shape[2:]) <= 64 else LARGE
     x = images.double() / 255 if is_bytes else images
     x = CORRUPTIONS[corruption](x, constants[corruption][severity - 1], g).clamp(

@@ -16,7 +16,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +60,7 @@ FOREIGN = (
     ".heic .heif .avif .jxl .jp2 .psd .svg .tga .raw .cr2 .nef .arw .dng .pdf"
 ).split()
 
-
+# %% ../../nbs/data/folders.ipynb #7be853ab
 class Found(NamedTuple):
     "The pictures of a folder, not yet decoded."
 
@@ -437,11 +437,5 @@ def folder_task(
     }
     how = {"workers": workers, "skip_corrupt": skip_corrupt, "progress": progress}
     how |= {"max_pixels": max_pixels}
-    made = cached(
-        path.resolve().name,
-        decides,
-        lambda folder: build_folder(
-            path, found, size, crop, augment, folder, **how
-        ),
-    )
-    return replace(made, crop=crop)
+    build = partial(build_folder, path, found, size, crop, augment, **how)
+    return replace(cached(path.resolve().name, decides, build), crop=crop)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GREY', 'FAMILIES', 'FormulaConfig', 'uniform', 'normal', 'Affine', 'random_affine', 'pixel_grid', 'Contours',
-           'Strokes', 'Fractals', 'Textures', 'colour', 'FormulaBatch', 'FormulaImages']
+           'Strokes', 'contractions', 'chaos_game', 'hits', 'Fractals', 'bent', 'Textures', 'colour', 'FormulaBatch',
+           'masks_of', 'painted', 'FormulaImages']
 
 # %% ../../nbs/data/formula.ipynb #c443b260
 import math
@@ -166,6 +167,53 @@ class Strokes:
         width = uniform(g, n, 1, low=0.06, high=0.18, dtype=grid.dtype)
         return torch.sigmoid((width - squared.amin(-1).sqrt()) * 22)
 
+# %% ../../nbs/data/formula.ipynb #76aae0dd
+def contractions(n_classes, g) -> tuple:
+    """Three affine maps of each class: matrices (n_classes, 3, 4), shifts
+    (n_classes, 3, 2), and the chances of their jumps, added up (n_classes, 1, 2).
+    """
+
+    def rotations():
+        a = uniform(g, n_classes, 3, high=2 * math.pi)
+        turned = torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], -1)
+        return turned.view(n_classes, 3, 2, 2)
+
+    stretch = uniform(g, n_classes, 3, 2, low=0.3, high=0.85)
+    matrix = rotations() @ torch.diag_embed(stretch) @ rotations()
+    shift = uniform(g, n_classes, 3, 2, low=-1, high=1)
+    # the share of a map's jumps follows its area
+    weight = stretch.prod(-1) + 0.02
+    cumulative = (weight / weight.sum(1, True)).cumsum(1)[:, None, :2]
+    return matrix.view(n_classes, 3, 4), shift, cumulative
+
+# %% ../../nbs/data/formula.ipynb #d5a49e93
+def chaos_game(matrix, shift, cumulative, g, walkers, jumps, keep) -> torch.Tensor:
+    "The last `keep` of `jumps` positions of every walker: (N, walkers * keep, 2)."
+    n, dtype = len(matrix), matrix.dtype
+    x, kept = normal(g, n, walkers, 2, dtype=dtype), []
+    for jump in range(jumps):
+        dice = uniform(g, n, walkers, 1, dtype=dtype)
+        # (N, walkers, 1) in 0, 1, 2
+        which = (dice > cumulative).sum(-1, keepdim=True)
+        a, b, c, d = matrix.gather(1, which.expand(-1, -1, 4)).unbind(-1)
+        u, v = x.unbind(-1)
+        x = torch.stack([a * u + b * v, c * u + d * v], -1) + shift.gather(
+            1, which.expand(-1, -1, 2)
+        )
+        if jump >= jumps - keep:
+            kept.append(x)
+    return torch.cat(kept, 1)
+
+# %% ../../nbs/data/formula.ipynb #e6263910
+def hits(x, grid) -> torch.Tensor:
+    "How many of the points (N, K, 2) lie in each pixel of a square grid: (N, P)."
+    size = math.isqrt(len(grid))
+    column, row = ((x + 1) * (size / 2)).floor().long().unbind(-1)
+    visible = (column >= 0) & (column < size) & (row >= 0) & (row < size)
+    pixel = (row * size + column).clamp(0, size * size - 1)
+    none = torch.zeros(len(x), len(grid), device=grid.device, dtype=grid.dtype)
+    return none.scatter_add_(1, pixel, visible.to(grid.dtype))
+
 # %% ../../nbs/data/formula.ipynb #c845f68d
 class Fractals:
     """Attractors of three contracting affine maps, drawn as a cloud of points by
@@ -173,23 +221,9 @@ class Fractals:
     """
 
     def __init__(self, n_classes, g, device="cpu", dtype=torch.float32):
-        def rotations():
-            a = uniform(g, n_classes, 3, high=2 * math.pi)
-            return torch.stack([a.cos(), -a.sin(), a.sin(), a.cos()], -1).view(
-                n_classes, 3, 2, 2
-            )
-
-        stretch = uniform(g, n_classes, 3, 2, low=0.3, high=0.85)
-        self.matrix = (rotations() @ torch.diag_embed(stretch) @ rotations()).view(
-            n_classes, 3, 4
-        )
-        self.shift = uniform(g, n_classes, 3, 2, low=-1, high=1)
-        # the share of a map's jumps follows its area
-        weight = stretch.prod(-1) + 0.02
-        self.cumulative = (weight / weight.sum(1, True)).cumsum(1)[:, None, :2]
-        cloud = self.cloud(
-            torch.arange(n_classes), torch.Generator().manual_seed(0), 512, 40, 10
-        )
+        self.matrix, self.shift, self.cumulative = contractions(n_classes, g)
+        everything, dice = torch.arange(n_classes), torch.Generator().manual_seed(0)
+        cloud = self.cloud(everything, dice, 512, 40, 10)
         self.centre, self.radius = (
             cloud.mean(1, True),
             cloud.flatten(1).std(1)[:, None, None] + 1e-3,
@@ -201,44 +235,26 @@ class Fractals:
         """Points (N, walkers * keep, 2): the last `keep` of `jumps` positions of
         every walker.
         """
-        n, dtype = len(classes), self.matrix.dtype
-        x, kept = normal(g, n, walkers, 2, dtype=dtype), []
-        matrix, shift, cumulative = (
-            self.matrix[classes],
-            self.shift[classes],
-            self.cumulative[classes],
-        )
-        for jump in range(jumps):
-            dice = uniform(g, n, walkers, 1, dtype=dtype)
-            # (N, walkers, 1) in 0, 1, 2
-            which = (dice > cumulative).sum(-1, keepdim=True)
-            a, b, c, d = matrix.gather(1, which.expand(-1, -1, 4)).unbind(-1)
-            u, v = x.unbind(-1)
-            x = torch.stack([a * u + b * v, c * u + d * v], -1) + shift.gather(
-                1, which.expand(-1, -1, 2)
-            )
-            if jump >= jumps - keep:
-                kept.append(x)
-        return torch.cat(kept, 1)
+        maps = (self.matrix[classes], self.shift[classes], self.cumulative[classes])
+        return chaos_game(*maps, g, walkers, jumps, keep)
 
     def __call__(self, classes, grid, g, hardness):
         """Masks (N, P) in [0, 1] of the given classes (N,) on a square grid of P
         points.
         """
-        size = math.isqrt(len(grid))
         # as dense at any size
         cloud = self.cloud(classes, g, walkers=max(1, 192 * len(grid) // 32**2))
         x = 0.5 * (cloud - self.centre[classes]) / self.radius[classes]
         x = random_affine(g, hardness, scale=(1 / 1.4, 1 / 0.8)).inverse(x)
-        column, row = ((x + 1) * (size / 2)).floor().long().unbind(-1)
-        visible = (column >= 0) & (column < size) & (row >= 0) & (row < size)
-        pixel = (row * size + column).clamp(0, size * size - 1)
-        hits = torch.zeros(
-            len(classes), len(grid), device=grid.device, dtype=grid.dtype
-        )
-        return 1 - torch.exp(
-            -0.8 * hits.scatter_add_(1, pixel, visible.to(grid.dtype))
-        )
+        return 1 - torch.exp(-0.8 * hits(x, grid))
+
+# %% ../../nbs/data/formula.ipynb #39456dd3
+def bent(waves, kind, gain) -> torch.Tensor:
+    "Values (N, P) in [0, 1] from three waves (N, P, 3) and the non-linearity."
+    signal = gain * torch.where(kind == 2, 8 * waves.prod(-1), waves.sum(-1))
+    value = torch.where(kind == 1, torch.sin(2 * signal), torch.tanh(signal))
+    value = torch.where(kind == 3, 2 * torch.exp(-signal.abs()) - 1, value)
+    return 0.5 + 0.5 * value
 
 # %% ../../nbs/data/formula.ipynb #c11697da
 class Textures:
@@ -266,13 +282,10 @@ class Textures:
             setattr(self, name, value.to(device, dtype))
 
     def __call__(self, classes, grid, g, hardness):
-        """Values (N, P) in [0, 1] of the given classes (N,) at the grid points (P,
-        2).
-        """
+        "Values (N, P) in [0, 1] of classes (N,) at the grid points (P, 2)."
         n = len(classes)
-        p = random_affine(g, hardness, rotation=0.4, scale=(0.85, 1.2), shift=1.0)(
-            grid
-        )
+        near = dict(rotation=0.4, scale=(0.85, 1.2), shift=1.0)
+        p = random_affine(g, hardness, **near)(grid)
         shift = uniform(g, n, 1, 2, high=2 * math.pi, dtype=grid.dtype)
         ripple = self.warp_frequency[classes] * p.flip(-1) + shift
         p = p + self.warp[classes] * torch.sin(ripple)
@@ -281,11 +294,7 @@ class Textures:
         ) * hardness.view(n, 1, 1)
         # (N, P, 3)
         waves = torch.sin(p @ self.wave[classes] + phase) * self.weight[classes]
-        kind, gain = self.kind[classes], self.gain[classes]
-        signal = gain * torch.where(kind == 2, 8 * waves.prod(-1), waves.sum(-1))
-        value = torch.where(kind == 1, torch.sin(2 * signal), torch.tanh(signal))
-        value = torch.where(kind == 3, 2 * torch.exp(-signal.abs()) - 1, value)
-        return 0.5 + 0.5 * value
+        return bent(waves, self.kind[classes], self.gain[classes])
 
 # %% ../../nbs/data/formula.ipynb #86caae24
 GREY = (0.1, 0.65)  # background and shape of the easiest images
@@ -347,6 +356,34 @@ class FormulaBatch(NamedTuple):
         front, back = self.front[:, None, None], self.back[:, None, None]
         return torch.where(self.mask > 0.5, front, back)
 
+# %% ../../nbs/data/formula.ipynb #692046f2
+def masks_of(formula, shape, g, hardness) -> torch.Tensor:
+    "Masks (N, P) of shape classes (N,), family by family."
+    mask = formula.grid.new_empty(len(shape), len(formula.grid))
+    for i, family in enumerate(formula.families.values()):
+        rows = (shape // formula.config.n_shapes == i).nonzero()[:, 0]
+        mask[rows] = family(
+            shape[rows] % formula.config.n_shapes, formula.grid, g, hardness[rows]
+        )
+    return mask
+
+
+def painted(formula, mask, shape, g, hardness, style) -> FormulaBatch:
+    "Masks (N, P) with random textures and colours; style: options of `colour`."
+    n, s = len(mask), formula.config.size
+    front, back = torch.randint(
+        formula.config.n_textures, (2, n), generator=g, device=g.device
+    )
+    fill, ground = (
+        formula.textures(t, formula.grid, g, hardness) for t in (front, back)
+    )
+    images, has_front, has_back = colour(g, mask, fill, ground, hardness, **style)
+    labels = [
+        torch.where(seen, t, -1)
+        for seen, t in ((has_front, front), (has_back, back))
+    ]
+    return FormulaBatch(images.view(n, 3, s, s), shape, *labels, mask.view(n, s, s))
+
 # %% ../../nbs/data/formula.ipynb #8c84d7d8
 class FormulaImages:
     """An endless stream of labelled formula images; the classes follow from the
@@ -370,41 +407,17 @@ class FormulaImages:
     def draw(self, shape, g, hardness=None) -> FormulaBatch:
         "Images of the given shape classes (N,), with random textures and colours."
         hardness = self.grid.new_ones(len(shape)) if hardness is None else hardness
-        mask = self.grid.new_empty(len(shape), len(self.grid))
-        for i, family in enumerate(self.families.values()):
-            rows = (shape // self.config.n_shapes == i).nonzero()[:, 0]
-            mask[rows] = family(
-                shape[rows] % self.config.n_shapes, self.grid, g, hardness[rows]
-            )
-        return self.paint(mask, shape, g, hardness)
+        return self.paint(masks_of(self, shape, g, hardness), shape, g, hardness)
 
     def paint(self, mask, shape, g, hardness=None, **style) -> FormulaBatch:
         """Any masks (N, P) in [0, 1] painted with random textures and colours;
         `style` goes to `colour`.
         """
-        n, s = len(mask), self.config.size
-        hardness = mask.new_ones(n) if hardness is None else hardness
-        front, back = torch.randint(
-            self.config.n_textures, (2, n), generator=g, device=g.device
-        )
-        fill, ground = (
-            self.textures(t, self.grid, g, hardness) for t in (front, back)
-        )
-        images, has_front, has_back = colour(
-            g, mask, fill, ground, hardness, **style
-        )
-        labels = [
-            torch.where(seen, t, -1)
-            for seen, t in ((has_front, front), (has_back, back))
-        ]
-        return FormulaBatch(
-            images.view(n, 3, s, s), shape, *labels, mask.view(n, s, s)
-        )
+        hardness = mask.new_ones(len(mask)) if hardness is None else hardness
+        return painted(self, mask, shape, g, hardness, style)
 
     def sample(self, n, g, difficulty=None) -> FormulaBatch:
-        """n images of random classes; difficulty in [0, 1] for the curriculum, None
-        for the full difficulty.
-        """
+        "n random images; difficulty in [0, 1] for a curriculum, None for the full."
         shape = torch.randint(self.n_classes, (n,), generator=g, device=g.device)
         if difficulty is None:
             return self.draw(shape, g)

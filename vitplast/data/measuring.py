@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMULA', 'PHOTOGRAPHS', 'UNLABELLED', 'DISTRIBUTIONS', 'SEVERITY', 'decoded', 'pair_source', 'named_images',
-           'matched', 'first_pairs', 'draw_pairs', 'class_pairs', 'source_of', 'pictures_of_pairs', 'measure',
-           'measured']
+           'matched', 'first_pairs', 'draw_pairs', 'class_pairs', 'source_of', 'pictures_of_pairs', 'size_for',
+           'by_protocol', 'led_by', 'measure', 'measured']
 
 # %% ../../nbs/data/measuring.ipynb #2ebf7448
 import tempfile
@@ -246,6 +246,44 @@ def pictures_of_pairs(
         given = named_images(source, n, size, seed, **how)
     return draw_pairs(distribution, found, n, given, seed)
 
+# %% ../../nbs/data/measuring.ipynb #723fde07
+def size_for(model, pairs, distribution) -> int:
+    "The side of a model's images; ValueError for what cannot be measured on pairs."
+    shape = anatomy(model).image_shape
+    if shape is None or shape[0] != 3:
+        raise ValueError(
+            "the model takes"
+            f" {'token sequences' if shape is None else f'{shape[0]} channels'},"
+            " expected images of 3 channels"
+        )
+    if pairs == "all" and distribution not in ("source-target", "target"):
+        raise ValueError(
+            f'distribution={distribution!r}: its pairs are given, pairs="all" takes'
+            ' "source-target" or "target"'
+        )
+    return shape[-1]
+
+# %% ../../nbs/data/measuring.ipynb #9e4f37b0
+def by_protocol(model, x, y, inputs, batch_size, options) -> pd.DataFrame:
+    "Plasticity between bytes x and y, one block of rows per input protocol."
+    inputs = inputs or ("native" if options["of"] == "branch" else INPUTS)
+    frames = []
+    for protocol in (inputs,) if isinstance(inputs, str) else inputs:
+        streams = ((prepare(model, b) for b in t.split(batch_size)) for t in (x, y))
+        frames.append(
+            plasticity(
+                model, *streams, inputs=protocol, batch_size=batch_size, **options
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def led_by(frame, **columns) -> pd.DataFrame:
+    "The frame with further columns before its own, each of one text."
+    for place, (column, value) in enumerate(columns.items()):
+        frame.insert(place, column, str(value))
+    return frame
+
 # %% ../../nbs/data/measuring.ipynb #15f7e727
 def measure(
     model,
@@ -269,56 +307,23 @@ def measure(
     shipped models, and must be given for all others; n: pairs, or images of each
     side for pairs="all"; inputs: one protocol or several, both by default; of:
     "component" or "branch", as in `plasticity`. Pictures of folders keep the share
-    of their centre that the checkpoint's images kept, as its tasks do. Returns the
-    frame of `plasticity`, one block of rows per protocol, with the columns source,
-    target, distribution and pairs before it. Raises what `load`, `task` and
-    `plasticity` raise.
+    of their centre that the checkpoint's images kept. Returns the frame of
+    `plasticity`, a block of rows per protocol, behind the columns source, target,
+    distribution and pairs. Raises what `load`, `task` and `plasticity` raise.
     """
     model = load(model) if isinstance(model, str) else model
-    shape = anatomy(model).image_shape
-    if shape is None or shape[0] != 3:
-        raise ValueError(
-            "the model takes"
-            f" {'token sequences' if shape is None else f'{shape[0]} channels'},"
-            " expected images of 3 channels"
-        )
-    if pairs == "all" and distribution not in ("source-target", "target"):
-        raise ValueError(
-            f'distribution={distribution!r}: its pairs are given, pairs="all" takes'
-            ' "source-target" or "target"'
-        )
+    size = size_for(model, pairs, distribution)
     if distribution == "source-target":
         source = source_of(model, source, target, pairs)
     how |= {"crop": crop_of(model)}
-    x, y = pictures_of_pairs(
-        target, source, n, shape[-1], pairs, distribution, seed, how
+    asked = n, size, pairs, distribution, seed, how
+    x, y = pictures_of_pairs(target, source, *asked)
+    options = {"pairs": pairs, "device": device, "progress": progress, "of": of}
+    frame = by_protocol(model, x, y, inputs, batch_size, options)
+    old = source if distribution == "source-target" else target
+    return led_by(
+        frame, source=old, target=target, distribution=distribution, pairs=pairs
     )
-    frames = []
-    inputs = inputs or ("native" if of == "branch" else INPUTS)
-    for protocol in (inputs,) if isinstance(inputs, str) else inputs:
-        streams = ((prepare(model, b) for b in t.split(batch_size)) for t in (x, y))
-        frames.append(
-            plasticity(
-                model,
-                *streams,
-                inputs=protocol,
-                pairs=pairs,
-                batch_size=batch_size,
-                device=device,
-                progress=progress,
-                of=of,
-            )
-        )
-    frame = pd.concat(frames, ignore_index=True)
-    named = {
-        "source": source if distribution == "source-target" else target,
-        "target": target,
-        "distribution": distribution,
-        "pairs": pairs,
-    }
-    for place, (column, value) in enumerate(named.items()):
-        frame.insert(place, column, str(value))
-    return frame
 
 # %% ../../nbs/data/measuring.ipynb #a9b0509d
 def measured(model, target, source=None, inputs="native", n=128) -> dict:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FILES', 'CENTRE', 'PICTURES_VERSION', 'split_indices', 'rgb', 'square', 'at_most', 'read_image', 'Files',
-           'new_array', 'decode', 'RandomCrops', 'crop', 'cache_folder', 'write_split', 'read_task', 'said_again',
-           'cached']
+           'new_array', 'squares_of', 'say_unreadable', 'decode', 'random_boxes', 'RandomCrops', 'crop', 'cache_folder',
+           'write_split', 'mapped', 'read_task', 'said_again', 'cached']
 
 # %% ../../nbs/data/reading.ipynb #3241b633
 import json
@@ -172,6 +172,31 @@ def new_array(path, n, size) -> np.ndarray:
     reserve(path, os.path.getsize(path))
     return array
 
+# %% ../../nbs/data/reading.ipynb #add38d75
+def squares_of(sources, how, workers=None):
+    "Yield (bytes or None, width over height, what was wrong) of every source."
+    if workers is None:
+        workers = (os.cpu_count() or 1) * (len(sources) >= 1000)
+    loader = DataLoader(
+        Files(sources, *how), batch_size=32, num_workers=workers, collate_fn=list
+    )
+    for batch in loader:
+        yield from batch
+
+# %% ../../nbs/data/reading.ipynb #eeb6519f
+def say_unreadable(bad, n, skip_corrupt):
+    "ValueError that counts and names some of n images; a warning to skip them."
+    text = (
+        f"{len(bad)} of {n} images cannot be read: "
+        + "; ".join(bad[:5])
+        + "; ..." * (len(bad) > 5)
+    )
+    if not skip_corrupt:
+        raise ValueError(
+            f"{text}. skip_corrupt=True, or --skip-corrupt, leaves them out"
+        )
+    warnings.warn(text)
+
 # %% ../../nbs/data/reading.ipynb #7008c9ff
 def decode(
     sources,
@@ -190,24 +215,12 @@ def decode(
     ValueError that counts and names unreadable files, unless they are to be
     skipped.
     """
-    workers = (
-        (os.cpu_count() or 1) * (len(sources) >= 1000)
-        if workers is None
-        else workers
-    )
-    loader = DataLoader(
-        Files(sources, size, part, max_pixels),
-        batch_size=32,
-        num_workers=workers,
-        collate_fn=list,
-    )
+    found = squares_of(sources, (size, part, max_pixels), workers)
     array, aspects, kept, bad = new_array(out, len(sources), size), [], [], []
     with tqdm(
         total=len(sources), desc="decoding", unit="img", disable=not progress
     ) as bar:
-        for i, (pixels, aspect, wrong) in enumerate(
-            item for batch in loader for item in batch
-        ):
+        for i, (pixels, aspect, wrong) in enumerate(found):
             if wrong:
                 bad.append(wrong)
             else:
@@ -216,26 +229,35 @@ def decode(
                 aspects.append(aspect)
             bar.update()
     if bad:
-        text = (
-            f"{len(bad)} of {len(sources)} images cannot be read: "
-            + "; ".join(bad[:5])
-            + "; ..." * (len(bad) > 5)
-        )
-        if not skip_corrupt:
-            raise ValueError(
-                f"{text}. skip_corrupt=True, or --skip-corrupt, leaves them out"
-            )
-        warnings.warn(text)
+        say_unreadable(bad, len(sources), skip_corrupt)
         shorter = new_array(f"{out}.short", len(kept), size)
         shorter[:] = array[: len(kept)]
         os.replace(f"{out}.short", out)
     return np.array(kept, dtype=int), torch.tensor(aspects)
 
-# %% ../../nbs/data/reading.ipynb #56c3d847
+# %% ../../nbs/data/reading.ipynb #66b3b04e
+def random_boxes(aspect, area, ratio, g) -> torch.Tensor:
+    "Crops (N, 4) as shares of images of the given width over height (N,)."
+    tries, n = 10, len(aspect)
+    share = uniform(g, tries, n, low=area[0], high=area[1])
+    low, high = map(math.log, ratio)
+    wide = uniform(g, tries, n, low=low, high=high).exp()
+    sides = torch.stack(
+        [(share * wide / aspect).sqrt(), (share * aspect / wide).sqrt()], -1
+    )
+    fits = (sides <= 1).all(-1)  # (tries, N)
+    first = sides[fits.double().argmax(0), torch.arange(n)]
+    clamped = aspect.clamp(*ratio)
+    largest = torch.stack([clamped / aspect, aspect / clamped], -1).clamp(max=1)
+    sides = torch.where(fits.any(0)[:, None], first, largest)
+    place = torch.where(fits.any(0)[:, None], uniform(g, n, 2), 0.5)
+    return torch.cat([place * (1 - sides), sides], 1)
+
+# %% ../../nbs/data/reading.ipynb #a075ee36
 # share of the short side that the centre crop of the published images keeps
 CENTRE = 0.875
 
-# %% ../../nbs/data/reading.ipynb #a075ee36
+
 @dataclass(frozen=True, eq=False)
 class RandomCrops:
     "Random resized crops and mirror images of squeezed squares, a batch at a time."
@@ -250,25 +272,7 @@ class RandomCrops:
         """Crops (N, 4) of the given images: left, top, width, height as shares of
         the image.
         """
-        aspect, tries = self.aspects[rows].double(), 10
-        area = uniform(g, tries, len(aspect), low=self.area[0], high=self.area[1])
-        ratio = uniform(
-            g,
-            tries,
-            len(aspect),
-            low=math.log(self.ratio[0]),
-            high=math.log(self.ratio[1]),
-        ).exp()
-        sides = torch.stack(
-            [(area * ratio / aspect).sqrt(), (area * aspect / ratio).sqrt()], -1
-        )
-        fits = (sides <= 1).all(-1)  # (tries, N)
-        first = sides[fits.double().argmax(0), torch.arange(len(aspect))]
-        clamped = aspect.clamp(*self.ratio)
-        largest = torch.stack([clamped / aspect, aspect / clamped], -1).clamp(max=1)
-        sides = torch.where(fits.any(0)[:, None], first, largest)
-        place = torch.where(fits.any(0)[:, None], uniform(g, len(aspect), 2), 0.5)
-        return torch.cat([place * (1 - sides), sides], 1)
+        return random_boxes(self.aspects[rows].double(), self.area, self.ratio, g)
 
     def __call__(self, images, rows, g) -> torch.Tensor:
         "Cut the images (N, 3, S, S) of the given rows: bytes (N, 3, size, size)."
@@ -325,6 +329,15 @@ def write_split(folder, name, images, labels):
         np.save(Path(folder) / f"{name}.images.npy", np.asarray(images))
     np.save(Path(folder) / f"{name}.labels.npy", np.asarray(labels, dtype=np.int64))
 
+# %% ../../nbs/data/reading.ipynb #a89e25ef
+def mapped(folder, name) -> Split:
+    "A split in a task's folder, mapped into memory."
+    arrays = (
+        np.load(folder / f"{name}.{part}.npy", mmap_mode="c")
+        for part in ("images", "labels")
+    )
+    return Split(*map(torch.from_numpy, arrays))
+
 # %% ../../nbs/data/reading.ipynb #a1096bfa
 def read_task(folder) -> Task:
     """The task in a folder, its images mapped into memory; ValueError if a file is
@@ -334,11 +347,7 @@ def read_task(folder) -> Task:
     try:
         facts = json.loads((folder / "task.json").read_text())
         for name in SPLITS:
-            arrays = [
-                np.load(folder / f"{name}.{part}.npy", mmap_mode="c")
-                for part in ("images", "labels")
-            ]
-            parts[name] = Split(*(torch.from_numpy(a) for a in arrays))
+            parts[name] = mapped(folder, name)
         aspects = folder / "train.aspects.npy"
         augment = (
             RandomCrops(facts["crop"], torch.from_numpy(np.load(aspects)))

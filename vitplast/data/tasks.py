@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUITES', 'DECODING', 'FOLDER_OPTIONS', 'DATASET_OPTIONS', 'REAL_OPTIONS', 'DENSE_OPTIONS', 'PUBLISHED_OPTIONS',
-           'SIZES', 'suite_of', 'known_as', 'task', 'tasks', 'crop_of', 'check_tokens', 'task_for',
-           'pretraining_images']
+           'SIZES', 'MAKERS', 'suite_of', 'known_as', 'check_options', 'unknown', 'task', 'tasks', 'crop_of',
+           'check_tokens', 'task_for', 'pretraining_images']
 
 # %% ../../nbs/data/tasks.ipynb #5ef87b4f
 from pathlib import Path
@@ -77,6 +77,42 @@ def known_as(name) -> tuple:
     there = str(name) != "" and (Path(name).is_dir() or is_table(name))
     return suite, suite is None and there
 
+# %% ../../nbs/data/tasks.ipynb #6ec168e7
+MAKERS = {
+    "offline": offline_task,
+    "real": real_task,
+    "dense": dense_task,
+    "text": text_task,
+    "paper": published_task,
+}  # suite -> the function (name, size, **options) of its tasks
+
+
+def check_options(given, suite, of_program, folder, options):
+    "TypeError for options that a task of this kind does not take."
+    own = DATASET_OPTIONS if of_program else FOLDER_OPTIONS if folder else options
+    of_suite = {
+        "paper": PUBLISHED_OPTIONS,
+        "real": REAL_OPTIONS,
+        "dense": DENSE_OPTIONS,
+        None: own,
+    }
+    allowed = of_suite.get(suite, ())
+    if strange := sorted(set(options) - set(allowed)):
+        raise TypeError(
+            f"task {str(given)!r:.80} takes no {strange}: expected some of"
+            f" {[*allowed]}"
+        )
+
+
+def unknown(given):
+    "Raise the ValueError for a name that is no task, with the nearest."
+    known = [n for names in SUITES.values() for n in names]
+    near = nearest(given, known) or known
+    raise ValueError(
+        f"unknown task {str(given)!r}: no folder or table of that name; nearest"
+        f" known: {near}"
+    )
+
 # %% ../../nbs/data/tasks.ipynb #e0620927
 def task(given, /, size=None, **options) -> Task:
     """A task by name, or from pictures of your own.
@@ -99,42 +135,17 @@ def task(given, /, size=None, **options) -> Task:
             " folder, a table, or a data set with a length"
         )
     suite, folder = (None, False) if of_program else known_as(given)
-    own = DATASET_OPTIONS if of_program else FOLDER_OPTIONS if folder else options
-    of_suite = {
-        "paper": PUBLISHED_OPTIONS,
-        "real": REAL_OPTIONS,
-        "dense": DENSE_OPTIONS,
-        None: own,
-    }
-    allowed = of_suite.get(suite, ())
-    if strange := sorted(set(options) - set(allowed)):
-        raise TypeError(
-            f"task {str(given)!r:.80} takes no {strange}: expected some of"
-            f" {[*allowed]}"
-        )
+    check_options(given, suite, of_program, folder, options)
     size = SIZES.get(suite, 224) if size is None else size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size={size!r}: expected a positive integer")
-    if suite == "offline":
-        return offline_task(str(given), size)
-    if suite == "text":
-        return text_task(str(given), size)
-    if suite == "real":
-        return real_task(str(given), size, **options)
-    if suite == "dense":
-        return dense_task(str(given), size, **options)
-    if suite == "paper":
-        return published_task(str(given), size, **options)
+    if suite:
+        return MAKERS[suite](str(given), size, **options)
     if of_program:
         return dataset_task(given, size, **options)
     if folder:
         return folder_task(given, size, **options)
-    known = [n for names in SUITES.values() for n in names]
-    near = nearest(given, known) or known
-    raise ValueError(
-        f"unknown task {str(given)!r}: no folder or table of that name; nearest"
-        f" known: {near}"
-    )
+    unknown(given)
 
 # %% ../../nbs/data/tasks.ipynb #e2a0106a
 def tasks(suite, size=None, **options) -> list:
@@ -151,7 +162,7 @@ def crop_of(model) -> float:
     about = getattr(unwrapped(model), "pretrained_cfg", None) or {}
     return float(about.get("crop_pct") or 1.0)
 
-
+# %% ../../nbs/data/tasks.ipynb #f8b07142
 def check_tokens(parts, given) -> Task:
     """A task of sequences, if a language model can read them: ValueError for other
     inputs, and for other classes than its vocabulary where every token has one.
@@ -176,7 +187,7 @@ def check_tokens(parts, given) -> Task:
         )
     return given
 
-
+# %% ../../nbs/data/tasks.ipynb #77a3ce98
 def task_for(model, given, **options) -> Task:
     """A task, or the task of a name, folder or dataset, in the size of a model's
     images and cropped as they were; options of these go to `task`.

@@ -223,7 +223,7 @@ def split_files(texts, shares=(0.2, 0.2), seed=0) -> dict:
         parts[place].append(text)
     return parts
 
-
+# %% ../../nbs/data/text.ipynb #c50631ed
 def byte_task(name, parts, length=128) -> Task:
     """A task of next bytes from texts of your own.
 
@@ -241,7 +241,7 @@ def byte_task(name, parts, length=128) -> Task:
             raise ValueError(f"{name}, {split}: {error}") from None
     return Task(name, BYTES, **made, test_sources=len(made["test"]))
 
-
+# %% ../../nbs/data/text.ipynb #e03eee75
 def text_task(name, length=128) -> Task:
     """A task of the suite: next bytes of one kind of text.
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_attention', 'check_mlp', 'timm_pieces', 'fused_weights', 'on_grid', 'timm_heads', 'timm_vision_transformer',
-           'eva_rope', 'eva_rotation', 'eva_weights', 'timm_eva', 'multihead_weights', 'torchvision_vision_transformer']
+           'eva_rope', 'eva_rotation', 'eva_weights', 'eva_pieces', 'timm_eva', 'multihead_weights',
+           'torchvision_pieces', 'torchvision_vision_transformer']
 
 # %% ../../nbs/models/adapters.ipynb #dafb8cb1
 from collections import OrderedDict
@@ -112,7 +113,7 @@ def on_grid(model, tokens, size) -> torch.Tensor:
     maps = patches.unflatten(2, model.patch_embed.grid_size)
     return F.interpolate(maps, size=size, mode="bilinear")
 
-
+# %% ../../nbs/models/adapters.ipynb #400f47da
 def timm_heads(model) -> dict:
     """What a timm model answers, and its heads for pictures and for pixels.
 
@@ -236,40 +237,43 @@ def eva_weights(model, i, attn):
         rotary=rotary,
     )
 
+# %% ../../nbs/models/adapters.ipynb #bafb6ebf
+def eva_pieces(model, i, block) -> dict:
+    "The five pieces of block i of an Eva."
+    if type(block) is not EvaBlock:
+        refuse(
+            model,
+            f"its blocks are {type(block).__name__} (post-norm), expected"
+            " pre-norm EvaBlock",
+        )
+    attn = block.attn
+    if (
+        type(attn) not in (EvaAttention, AttentionRope)
+        or getattr(attn, "num_kv_groups", 1) > 1
+    ):
+        refuse(
+            model,
+            f"its attention is {type(attn).__name__} with shared keys, expected"
+            " as many as queries",
+        )
+    return timm_pieces(
+        model,
+        block,
+        lambda: eva_weights(model, i, attn),
+        arguments=lambda x: ((x,), {"rope": eva_rope(model, i)}),
+    )
+
 # %% ../../nbs/models/adapters.ipynb #e396662f
 @anatomy.register
 def timm_eva(model: Eva) -> Anatomy:
     """The anatomy of a pre-norm timm Eva: EVA-02, DINOv3 and their kin with a plain
     MLP.
     """
-
-    def describe(i, block):
-        if type(block) is not EvaBlock:
-            refuse(
-                model,
-                f"its blocks are {type(block).__name__} (post-norm), expected"
-                " pre-norm EvaBlock",
-            )
-        attn = block.attn
-        if (
-            type(attn) not in (EvaAttention, AttentionRope)
-            or getattr(attn, "num_kv_groups", 1) > 1
-        ):
-            refuse(
-                model,
-                f"its attention is {type(attn).__name__} with shared keys, expected"
-                " as many as queries",
-            )
-        weights = lambda: eva_weights(model, i, attn)
-        return timm_pieces(
-            model,
-            block,
-            weights,
-            arguments=lambda x: ((x,), {"rope": eva_rope(model, i)}),
-        )
-
     found, rest = take_apart(
-        model, "blocks", describe, allowed=(".gamma_1", ".gamma_2")
+        model,
+        "blocks",
+        lambda i, block: eva_pieces(model, i, block),
+        allowed=(".gamma_1", ".gamma_2"),
     )
     return Anatomy(
         components=found,
@@ -301,32 +305,34 @@ def multihead_weights(attn):
         (d // heads) ** -0.5,
     )
 
+# %% ../../nbs/models/adapters.ipynb #34a82cb2
+def torchvision_pieces(model, block) -> dict:
+    "The five pieces of a torchvision block."
+    if type(block) is not EncoderBlock:
+        refuse(
+            model,
+            f"its blocks are {type(block).__name__}, expected EncoderBlock",
+        )
+    check_norms(model, (block.ln_1, block.ln_2))
+    attn, fc1, fc2 = block.self_attention, block.mlp[0], block.mlp[3]
+    if type(attn) is not nn.MultiheadAttention or not is_plain(attn.out_proj):
+        refuse(model, "something is wrapped around its attention")
+    return {
+        "LN1": Piece("ln_1", lambda: norm_weights(block.ln_1)),
+        "MHA": Piece(
+            "self_attention",
+            lambda: multihead_weights(attn),
+            lambda x: ((x, x, x), {"need_weights": False}),
+        ),
+        "LN2": Piece("ln_2", lambda: norm_weights(block.ln_2)),
+        "FC1": Piece("mlp.0", lambda: linear_weights(fc1)),
+        "FC2": Piece("mlp.3", lambda: linear_weights(fc2)),
+    }
+
 # %% ../../nbs/models/adapters.ipynb #6d0f06e5
 @anatomy.register
 def torchvision_vision_transformer(model: TorchvisionViT) -> Anatomy:
     "The anatomy of a torchvision VisionTransformer."
-
-    def describe(i, block):
-        if type(block) is not EncoderBlock:
-            refuse(
-                model,
-                f"its blocks are {type(block).__name__}, expected EncoderBlock",
-            )
-        check_norms(model, (block.ln_1, block.ln_2))
-        attn, fc1, fc2 = block.self_attention, block.mlp[0], block.mlp[3]
-        if type(attn) is not nn.MultiheadAttention or not is_plain(attn.out_proj):
-            refuse(model, "something is wrapped around its attention")
-        return {
-            "LN1": Piece("ln_1", lambda: norm_weights(block.ln_1)),
-            "MHA": Piece(
-                "self_attention",
-                lambda: multihead_weights(attn),
-                lambda x: ((x, x, x), {"need_weights": False}),
-            ),
-            "LN2": Piece("ln_2", lambda: norm_weights(block.ln_2)),
-            "FC1": Piece("mlp.0", lambda: linear_weights(fc1)),
-            "FC2": Piece("mlp.3", lambda: linear_weights(fc2)),
-        }
 
     def embed(images):
         patches = model._process_input(images)
@@ -339,7 +345,9 @@ def torchvision_vision_transformer(model: TorchvisionViT) -> Anatomy:
         head = nn.Linear(model.hidden_dim, n_classes).to(model.class_token)
         model.heads = nn.Sequential(OrderedDict(head=head))
 
-    found, rest = take_apart(model, "encoder.layers", describe)
+    found, rest = take_apart(
+        model, "encoder.layers", lambda _, block: torchvision_pieces(model, block)
+    )
     return Anatomy(
         components=found,
         rest=rest,

@@ -46,7 +46,7 @@ class Source(NamedTuple):
     def __str__(self):
         return "@".join(str(p) for p in self if p)
 
-
+# %% ../../nbs/models/checkpoints.ipynb #9ffc0ae2
 def model_source(name) -> Source:
     "The parts of a model's name; a path in it is made absolute."
     name = str(name)
@@ -133,7 +133,7 @@ HOLDERS = (
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
-
+# %% ../../nbs/models/checkpoints.ipynb #836e01a4
 class Converted(NamedTuple):
     "What `convert` did."
 
@@ -143,7 +143,7 @@ class Converted(NamedTuple):
     others: tuple  # entries that hold weights and were left
     prefix: str  # what was taken off every name
 
-
+# %% ../../nbs/models/checkpoints.ipynb #d318af85
 def harmless() -> list:
     "Classes beside tensors that training scripts save, and that run nothing."
     number, array = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]

@@ -119,7 +119,7 @@ def positions_at(named, side) -> torch.Tensor:
         )
     return torch.cat([of_class, square.flatten(2).transpose(1, 2)], 1)
 
-
+# %% ../../nbs/models/focus.ipynb #325703da
 def check_focus_size(img_size):
     "ValueError, with the nearest sizes, for what is no multiple of a patch."
     if type(img_size) is not int or img_size < PATCH or img_size % PATCH:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMPLEMENTATIONS', 'VIT', 'DEIT', 'DINOV2', 'REGISTERS', 'CLIP', 'LAYOUTS', 'check_implementation', 'inside',
-           'no_head', 'Layout', 'check_block', 'vision_pieces', 'image_size', 'vision_transformer',
-           'transformers_distilled', 'load_transformers', 'take_size', 'check_complete', 'side_of', 'as_pretrained_cfg',
-           'images_of', 'causal_mask', 'conv1d_weights', 'transformers_gpt2', 'byte_tokens']
+           'no_head', 'Layout', 'check_block', 'vision_pieces', 'image_size', 'vision_heads', 'vision_transformer',
+           'transformers_distilled', 'quietly_made', 'load_transformers', 'take_size', 'check_complete', 'side_of',
+           'as_pretrained_cfg', 'images_of', 'causal_mask', 'conv1d_weights', 'gpt2_pieces', 'gpt2_heads',
+           'transformers_gpt2', 'byte_tokens']
 
 # %% ../../nbs/models/huggingface.ipynb #ed709099
 import re
@@ -15,6 +16,26 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from vitplast.models.components import (
+    Anatomy,
+    Piece,
+    anatomy,
+    check_norms,
+    named,
+    refuse,
+    take_apart,
+)
+from vitplast.models.layers import (
+    Linear,
+    attention_weights,
+    is_plain,
+    linear_weights,
+    norm_weights,
+    sent_through,
+)
+
+# %% ../../nbs/models/huggingface.ipynb #c9237106
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -41,24 +62,6 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from vitplast.models.components import (
-    Anatomy,
-    Piece,
-    anatomy,
-    check_norms,
-    named,
-    refuse,
-    take_apart,
-)
-from vitplast.models.layers import (
-    Linear,
-    attention_weights,
-    is_plain,
-    linear_weights,
-    norm_weights,
-    sent_through,
-)
-
 # %% ../../nbs/models/huggingface.ipynb #4eef68e1
 # of attention; others take no mask, or no float64
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -73,7 +76,7 @@ def check_implementation(model):
             ' attn_implementation="sdpa" or "eager"',
         )
 
-
+# %% ../../nbs/models/huggingface.ipynb #b9264629
 def inside(model, attribute) -> tuple:
     "The model without its head, and the prefix of its parameters' names."
     return (
@@ -142,7 +145,7 @@ def check_block(model, attention, mlp):
             " with an activation between",
         )
 
-
+# %% ../../nbs/models/huggingface.ipynb #d54cfdd9
 def vision_pieces(model, layout, block) -> dict:
     "The five pieces of a block."
     attn, mlp = getattr(block, layout.attention), block.mlp
@@ -180,6 +183,24 @@ def image_size(model, tower) -> tuple:
         return tuple(about["input_size"][1:])
     return (table, table) if isinstance(table, int) else tuple(table)
 
+# %% ../../nbs/models/huggingface.ipynb #73015cd2
+def vision_heads(model, tower, layout) -> dict:
+    "What a Vision Transformer of transformers answers, and its head."
+    classifies = hasattr(model, "classifier")
+    width = tower.config.hidden_size * layout.read
+
+    def reset_head(n_classes):
+        model.classifier = nn.Linear(width, n_classes).to(next(tower.parameters()))
+        model.config.num_labels = model.num_labels = n_classes
+
+    plain = type(model).__name__.replace("VisionModel", "Model")
+    wanted = plain.replace("Model", "ForImageClassification")
+    return {
+        "logits": lambda x: model(x).logits,
+        "head": lambda: named(model, "classifier") if classifies else {},
+        "reset_head": reset_head if classifies else no_head(model, wanted),
+    }
+
 # %% ../../nbs/models/huggingface.ipynb #70a56950
 def vision_transformer(model, layout) -> Anatomy:
     "The anatomy of a Vision Transformer of the given layout."
@@ -195,8 +216,6 @@ def vision_transformer(model, layout) -> Anatomy:
         lambda i, block: vision_pieces(model, layout, block),
         allowed=("layer_scale",),
     )
-    classifies = hasattr(model, "classifier")
-    width = tower.config.hidden_size * layout.read
 
     def embed(images):
         tokens = tower.embeddings(images)
@@ -204,11 +223,7 @@ def vision_transformer(model, layout) -> Anatomy:
             getattr(tower, layout.entering)(tokens) if layout.entering else tokens
         )
 
-    def reset_head(n_classes):
-        model.classifier = nn.Linear(width, n_classes).to(next(tower.parameters()))
-        model.config.num_labels = model.num_labels = n_classes
-
-    unread = classifies and layout == CLIP
+    unread = hasattr(model, "classifier") and layout == CLIP
     return Anatomy(
         components=found,
         rest=rest,
@@ -218,19 +233,8 @@ def vision_transformer(model, layout) -> Anatomy:
             for block in tower.get_submodule(layout.blocks)
         ],
         final_norm={} if unread else named(model, f"{prefix}{layout.last}"),
-        logits=lambda x: model(x).logits,
-        head=lambda: named(model, "classifier") if classifies else {},
-        reset_head=(
-            reset_head
-            if classifies
-            else no_head(
-                model,
-                type(model)
-                .__name__.replace("VisionModel", "Model")
-                .replace("Model", "ForImageClassification"),
-            )
-        ),
         image_shape=(tower.config.num_channels, *image_size(model, tower)),
+        **vision_heads(model, tower, layout),
     )
 
 # %% ../../nbs/models/huggingface.ipynb #e02a8bf5
@@ -258,6 +262,30 @@ def transformers_distilled(model) -> Anatomy:
         "it has a second, distillation head; expected a DeiTForImageClassification",
     )
 
+# %% ../../nbs/models/huggingface.ipynb #d33c0200
+def quietly_made(kind, config, place, pretrained, **where) -> nn.Module:
+    "A model of a class with its weights, or with random ones, always the same."
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if not pretrained:
+                return kind.from_config(config)
+            model, report = kind.from_pretrained(
+                str(place).partition("@")[0],
+                config=config,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                **where,
+            )
+    finally:
+        logging.set_verbosity(loud)
+    check_complete(place, report)
+    return model
+
 # %% ../../nbs/models/huggingface.ipynb #f8b959d4
 def load_transformers(
     place, pretrained=True, num_classes=None, img_size=None
@@ -276,26 +304,7 @@ def load_transformers(
             f"{place}: num_classes={num_classes}, but a {config.model_type} has no"
             " head for classes"
         )
-    loud = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            if pretrained:
-                model, report = kind.from_pretrained(
-                    repo,
-                    config=config,
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    dtype=torch.float32,
-                    **where,
-                )
-                check_complete(place, report)
-            else:
-                model = kind.from_config(config)
-    finally:
-        logging.set_verbosity(loud)
+    model = quietly_made(kind, config, place, pretrained, **where)
     if about := images_of(repo, **where):
         model.pretrained_cfg = about
     if img_size is not None:
@@ -347,7 +356,7 @@ def side_of(size) -> tuple:
         return (short, short) if short else (size["height"], size["width"])
     return (size, size)
 
-
+# %% ../../nbs/models/huggingface.ipynb #a6e150a8
 def as_pretrained_cfg(processor, place="the image processor") -> dict:
     """The settings of an image processor as timm writes them: input_size, mean, std
     and crop_pct.
@@ -410,47 +419,36 @@ def conv1d_weights(layer) -> Linear:
         return sent_through(layer)
     return Linear(layer.weight.T, layer.bias)
 
-# %% ../../nbs/models/huggingface.ipynb #d2878bda
-@anatomy.register(GPT2Model)
-@anatomy.register(GPT2LMHeadModel)
-@anatomy.register(GPT2ForSequenceClassification)
-def transformers_gpt2(model) -> Anatomy:
-    "The anatomy of a GPT-2 of transformers; its inputs are token numbers (N, n)."
-    check_implementation(model)
-    body, prefix = inside(model, "transformer")
-    if model.config.add_cross_attention:
-        refuse(model, "its blocks have a second, cross attention")
+# %% ../../nbs/models/huggingface.ipynb #85d3dc08
+def gpt2_pieces(model, block) -> dict:
+    "The five pieces of a block."
+    check_norms(model, (block.ln_1, block.ln_2))
+    attn = block.attn
 
-    def describe(i, block):
-        check_norms(model, (block.ln_1, block.ln_2))
-        attn = block.attn
-
-        def weights():
-            (W, b), (O, b_o) = (
-                conv1d_weights(attn.c_attn),
-                conv1d_weights(attn.c_proj),
-            )
-            return attention_weights(
-                W, b, O, b_o, attn.num_heads, attn.scaling, causal=True
-            )
-
-        return {
-            "LN1": Piece("ln_1", lambda: norm_weights(block.ln_1)),
-            "MHA": Piece(
-                "attn",
-                weights,
-                lambda x: ((x,), {"attention_mask": causal_mask(x)}),
-            ),
-            "LN2": Piece("ln_2", lambda: norm_weights(block.ln_2)),
-            "FC1": Piece("mlp.c_fc", lambda: conv1d_weights(block.mlp.c_fc)),
-            "FC2": Piece("mlp.c_proj", lambda: conv1d_weights(block.mlp.c_proj)),
-        }
-
-    def embed(numbers):
-        return body.drop(
-            body.wte(numbers)
-            + body.wpe(torch.arange(numbers.shape[1], device=numbers.device))
+    def weights():
+        (W, b), (O, b_o) = (
+            conv1d_weights(attn.c_attn),
+            conv1d_weights(attn.c_proj),
         )
+        return attention_weights(
+            W, b, O, b_o, attn.num_heads, attn.scaling, causal=True
+        )
+
+    return {
+        "LN1": Piece("ln_1", lambda: norm_weights(block.ln_1)),
+        "MHA": Piece(
+            "attn", weights, lambda x: ((x,), {"attention_mask": causal_mask(x)})
+        ),
+        "LN2": Piece("ln_2", lambda: norm_weights(block.ln_2)),
+        "FC1": Piece("mlp.c_fc", lambda: conv1d_weights(block.mlp.c_fc)),
+        "FC2": Piece("mlp.c_proj", lambda: conv1d_weights(block.mlp.c_proj)),
+    }
+
+# %% ../../nbs/models/huggingface.ipynb #a011b695
+def gpt2_heads(model, body) -> dict:
+    "What a GPT-2 answers, and its head."
+    # the head of a language model is its embedding
+    classifies = hasattr(model, "score")
 
     def reset_head(n_classes):
         model.score = nn.Linear(model.config.hidden_size, n_classes, bias=False).to(
@@ -467,25 +465,43 @@ def transformers_gpt2(model) -> Anatomy:
         found = model(numbers).logits
         return found if classifies else found.transpose(1, 2)
 
-    # the head of a language model is its embedding
-    classifies = hasattr(model, "score")
-    found, rest = take_apart(model, f"{prefix}h", describe)
+    wanted = "GPT2ForSequenceClassification"
+    return {
+        "logits": logits,
+        "head": lambda: named(model, "score") if classifies else {},
+        "reset_head": reset_head if classifies else no_head(model, wanted),
+    }
+
+# %% ../../nbs/models/huggingface.ipynb #d2878bda
+@anatomy.register(GPT2Model)
+@anatomy.register(GPT2LMHeadModel)
+@anatomy.register(GPT2ForSequenceClassification)
+def transformers_gpt2(model) -> Anatomy:
+    "The anatomy of a GPT-2 of transformers; its inputs are token numbers (N, n)."
+    check_implementation(model)
+    body, prefix = inside(model, "transformer")
+    if model.config.add_cross_attention:
+        refuse(model, "its blocks have a second, cross attention")
+
+    def embed(numbers):
+        return body.drop(
+            body.wte(numbers)
+            + body.wpe(torch.arange(numbers.shape[1], device=numbers.device))
+        )
+
+    found, rest = take_apart(
+        model, f"{prefix}h", lambda _, block: gpt2_pieces(model, block)
+    )
     return Anatomy(
         components=found,
         rest=rest,
         embed=embed,
         blocks=[lambda x, b=b: b(x, attention_mask=causal_mask(x)) for b in body.h],
         final_norm=named(model, f"{prefix}ln_f"),
-        logits=logits,
-        head=lambda: named(model, "score") if classifies else {},
-        reset_head=(
-            reset_head
-            if classifies
-            else no_head(model, "GPT2ForSequenceClassification")
-        ),
         image_shape=None,
         vocabulary=model.config.vocab_size,
         context=model.config.max_position_embeddings,
+        **gpt2_heads(model, body),
     )
 
 # %% ../../nbs/models/huggingface.ipynb #78527419

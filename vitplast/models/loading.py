@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEADER', 'SHIPPED', 'ViTConfig', 'positions', 'build', 'save', 'read', 'config_of', 'load_local', 'shipped',
            'named_models', 'card', 'twin_name', 'with_file', 'timm_names', 'check_timm', 'own_weights', 'check_model',
-           'load_named', 'found', 'load', 'untrained', 'skeleton', 'prepare']
+           'load_named', 'found', 'load', 'untrained', 'skeleton', 'check_bytes', 'prepare']
 
 # %% ../../nbs/models/loading.ipynb #5c0a0edf
 import json
@@ -160,7 +160,7 @@ def config_of(path, header) -> "ViTConfig | GPTConfig":
         )
     return (ViTConfig, GPTConfig)[known.index(sorted(header))](**header)
 
-
+# %% ../../nbs/models/loading.ipynb #1534b8a6
 def load_local(path) -> nn.Module:
     "The model in a file that `save` wrote."
     header, tensors = read(path)
@@ -261,7 +261,7 @@ def own_weights(name, source):
         f" timm's networks before @{source.path.name}"
     )
 
-
+# %% ../../nbs/models/loading.ipynb #98b425cc
 def check_model(name):
     "ValueError or FileNotFoundError unless `load` may find a model of this name."
     name = twin_name(name)[0]
@@ -380,6 +380,19 @@ def skeleton(name, size=None) -> nn.Module:
             return untrained(name, size)
     return untrained(name, size)
 
+# %% ../../nbs/models/loading.ipynb #e8e09f97
+def check_bytes(images):
+    "TypeError or ValueError unless images are bytes (N, 3, H, W)."
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"images are {images.dtype}: expected torch.uint8, 0 to 255, not yet"
+            " normalised"
+        )
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}: expected (N, 3, H, W)"
+        )
+
 # %% ../../nbs/models/loading.ipynb #32109685
 def prepare(model, images) -> torch.Tensor:
     """Byte images (N, 3, H, W) as the floats that the model was pretrained on:
@@ -392,15 +405,7 @@ def prepare(model, images) -> torch.Tensor:
     """
     if images.dtype == torch.long and images.ndim == 2:
         return images.to(next(model.parameters()).device)
-    if images.dtype != torch.uint8:
-        raise TypeError(
-            f"images are {images.dtype}: expected torch.uint8, 0 to 255, not yet"
-            " normalised"
-        )
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"images have shape {tuple(images.shape)}: expected (N, 3, H, W)"
-        )
+    check_bytes(images)
     model = unwrapped(model)
     foreign = any(
         c.__module__.startswith("transformers.") for c in type(model).__mro__

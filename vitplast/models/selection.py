@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'PARTS', 'NUMBER', 'SLICE', 'FIELDS', 'Item', 'wrong', 'like', 'read_blocks', 'read_item', 'needs_model',
-           'read_selection', 'atoms_of', 'spelled', 'as_runs', 'block_numbers', 'canonical_text', 'Selection',
-           'Weights', 'places', 'block_prefix', 'check_bare', 'chosen_places']
+           'read_selection', 'atoms_of', 'spelled', 'as_runs', 'block_numbers', 'canonical_text', 'atoms_in',
+           'resolved', 'texts_on', 'Selection', 'Weights', 'places', 'block_prefix', 'check_bare', 'chosen_places']
 
 # %% ../../nbs/models/selection.ipynb #a6d8e427
 import re
@@ -201,20 +201,75 @@ def canonical_text(atoms, depth) -> str:
                 texts += [name + run for run in as_runs(where[part], depth)]
     return "+".join(texts)
 
+# %% ../../nbs/models/selection.ipynb #1515e6b4
+def atoms_in(items, depth, names, text) -> dict:
+    """The atoms that items name: {(block, kind): atoms}, and under (block, "rest")
+    what is in a block and no component's.
+    """
+    atoms, lower = defaultdict(frozenset), {n.lower(): p for n, p in names.items()}
+    for item in items:
+        if item.what in PARTS:
+            for b in block_numbers(item, depth):
+                atoms[b, item.what] |= atoms_of(item.what, item.part)
+        elif item.what == "all" and item.blocks is not None:
+            for b in block_numbers(item, depth):
+                atoms |= {(b, kind): atoms_of(kind) for kind in KINDS}
+                atoms[b, "rest"] = frozenset({"rest"})
+        elif item.what not in ("all", "head"):
+            if item.what.lower() not in lower:
+                near = like(item.what, [*names, *CHOICES])
+                wrong(text, item.place, f"the name of a component{near}")
+            b, kind = lower[item.what.lower()]
+            atoms[b, kind] = atoms_of(kind)
+    return dict(atoms)
+
+# %% ../../nbs/models/selection.ipynb #612c4f2d
+def resolved(text, depth, names) -> tuple:
+    "The fields of the `Selection` that a text means."
+    items = read_selection(text)
+    if depth is None and any(map(needs_model, items)):
+        raise ValueError(f"selection {text!r} names blocks: expected a model")
+    depth = depth or 1
+    atoms = atoms_in(items, depth, names, text)
+    everything = any(i.what == "all" and i.blocks is None for i in items)
+    head = any(i.what == "head" for i in items)
+    written = "all" if everything else canonical_text(atoms, depth)
+    if head and not everything:
+        written = f"{written}+head".removeprefix("+")
+    return written, depth, atoms, everything, head or everything
+
+# %% ../../nbs/models/selection.ipynb #75be57f6
+def texts_on(selection, parts) -> list:
+    "Text, components of a model, or several of both, as texts."
+    one = isinstance(selection, (str, Component))
+    if not one and not isinstance(selection, Iterable):
+        raise TypeError(f"selection {selection!r}: expected text or components")
+    texts = []
+    for item in [selection] if one else selection:
+        if isinstance(item, Component):
+            if not any(c.module is item.module for c in parts.components):
+                raise ValueError(
+                    f"{item!r} belongs to another model: expected items of"
+                    " vp.components(model)"
+                )
+            item = f"{item.kind}@{item.block}"
+        elif not isinstance(item, str):
+            raise TypeError(f"selection {item!r}: expected text or components")
+        texts.append(item)
+    if not texts:
+        raise ValueError(f"selection {selection!r}: expected some of {CHOICES}")
+    return texts
+
 # %% ../../nbs/models/selection.ipynb #68af2afd
 @dataclass(frozen=True)
 class Selection:
     "What trains in a network of so many blocks; the same text, the same selection."
 
     text: str  # canonical
-    depth: int  # blocks of the network; 1 stands for any, where no blocks are named
-    # (block, kind) -> atoms; (block, "rest") for what is in the block and no
-    # component's
-    atoms: dict = field(compare=False)
-    # also outside the blocks
-    everything: bool = field(default=False, compare=False)
-    # named, so it trains in any case
-    head: bool = field(default=False, compare=False)
+    depth: int  # blocks of the network; 1 stands for any, where none is named
+    atoms: dict = field(compare=False)  # (block, kind or "rest") -> atoms
+    everything: bool = field(default=False, compare=False)  # outside blocks, too
+    head: bool = field(default=False, compare=False)  # named: trains in any case
 
     @classmethod
     def read(cls, selection, depth=None, names=()) -> "Selection":
@@ -224,36 +279,9 @@ class Selection:
         components; both are needed only where a text names blocks or a component.
         Raises ValueError with the place of what is wrong.
         """
-        if isinstance(selection, Selection):
-            selection = selection.text
-        texts = [selection] if isinstance(selection, str) else list(selection)
-        text = "+".join(texts)
-        items, names = read_selection(text), dict(names)
-        lower = {n.lower(): place for n, place in names.items()}
-        if depth is None and any(map(needs_model, items)):
-            raise ValueError(f"selection {text!r} names blocks: expected a model")
-        atoms, depth = defaultdict(frozenset), depth or 1
-        chosen = {item.what for item in items}
-        for item in items:
-            if item.what in PARTS:
-                for b in block_numbers(item, depth):
-                    atoms[b, item.what] |= atoms_of(item.what, item.part)
-            elif item.what == "all" and item.blocks is not None:
-                for b in block_numbers(item, depth):
-                    atoms |= {(b, kind): atoms_of(kind) for kind in KINDS}
-                    atoms[b, "rest"] = frozenset({"rest"})
-            elif item.what not in ("all", "head"):
-                if item.what.lower() not in lower:
-                    near = like(item.what, [*names, *CHOICES])
-                    wrong(text, item.place, f"the name of a component{near}")
-                b, kind = lower[item.what.lower()]
-                atoms[b, kind] = atoms_of(kind)
-        everything = any(i.what == "all" and i.blocks is None for i in items)
-        head = "head" in chosen or everything
-        written = "all" if everything else canonical_text(atoms, depth)
-        if "head" in chosen and not everything:
-            written = f"{written}+head".removeprefix("+")
-        return cls(written, depth, dict(atoms), everything, head)
+        one = isinstance(selection, (str, Selection))
+        text = str(selection) if one else "+".join(selection)
+        return cls(*resolved(text, depth, dict(names)))
 
     @classmethod
     def of(cls, selection, model) -> "Selection":
@@ -267,25 +295,8 @@ class Selection:
             if selection.depth == len(parts.blocks):
                 return selection
             selection = selection.text
-        one = isinstance(selection, (str, Component))
-        if not one and not isinstance(selection, Iterable):
-            raise TypeError(f"selection {selection!r}: expected text or components")
-        texts = []
-        for item in [selection] if one else selection:
-            if isinstance(item, Component):
-                if not any(c.module is item.module for c in parts.components):
-                    raise ValueError(
-                        f"{item!r} belongs to another model: expected items of"
-                        " vp.components(model)"
-                    )
-                item = f"{item.kind}@{item.block}"
-            elif not isinstance(item, str):
-                raise TypeError(f"selection {item!r}: expected text or components")
-            texts.append(item)
-        if not texts:
-            raise ValueError(f"selection {selection!r}: expected some of {CHOICES}")
         names = {c.name: (c.block, c.kind) for c in parts.components}
-        return cls.read(texts, len(parts.blocks), names)
+        return cls.read(texts_on(selection, parts), len(parts.blocks), names)
 
     def __str__(self):
         return self.text
@@ -333,7 +344,7 @@ def places(component, atoms) -> dict:
             )
     return {n: None if (g == 1).all() else g == 1 for n, g in masks.items()}
 
-
+# %% ../../nbs/models/selection.ipynb #80940ded
 def block_prefix(parts, block) -> str:
     "What the names of everything in a block begin with, as in 'blocks.3.'."
     names = [c.name.split(".") for c in parts.components if c.block == block]
