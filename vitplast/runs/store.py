@@ -46,7 +46,7 @@ def checked(line, name=None) -> tuple:
 
 # %% ../../nbs/runs/store.ipynb #be08ec35
 def read_lines(files) -> tuple:
-    "The records in compacted files, by key, and the damaged lines, which are named."
+    "The records in compacted files, by key, and damaged lines; these are named."
     found, damaged = {}, []
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), 1):

@@ -409,7 +409,7 @@ def train_runs(
 
 # %% ../../nbs/training/batched.ipynb #98298652
 def trained_together(whole, *group) -> tuple:
-    "What `train_runs` gives; ValueError for a model that needs its runs one by one."
+    "What `train_runs` gives; ValueError for a model that needs runs one by one."
     try:
         return train_runs(whole, *group)
     except RuntimeError as error:

@@ -264,7 +264,7 @@ class Loop:
 
 # %% ../../nbs/training/finetune.ipynb #eda504c1
 def inputs_of(loop, rows) -> tuple:
-    "What a step computes from, of pictures of the training split, and their labels."
+    "What a step computes from, of some training pictures, and their labels."
     if loop.reuse:
         return loop.reuse.batch("train", rows)
     images, labels = loop.task.batch(rows, loop.g, loop.device)
@@ -272,7 +272,7 @@ def inputs_of(loop, rows) -> tuple:
 
 
 def gradients_of(loop, rows) -> torch.Tensor:
-    "Leave the gradients of a batch; returns its loss, and the norms of each group."
+    "Leave the gradients of a batch; returns its loss, and the norm of each group."
     training_mode(loop.model)
     inputs, labels = inputs_of(loop, rows)
     total, weights = 0.0, loop.weights

@@ -135,7 +135,7 @@ def as_weights(rows, parameters) -> dict:
 
 # %% ../../nbs/training/landscape.ipynb #80874e1d
 def check_least(**given):
-    "ValueError unless settings are integers of at least some size: name=(value, least)."
+    "ValueError unless settings are large enough integers: name=(value, least)."
     for name, (value, least) in given.items():
         if not (isinstance(value, int) and value >= least):
             raise ValueError(
@@ -333,9 +333,9 @@ def rate_surface(
     even, so that none is the input itself; reach: half a side of the square, in
     distances of the new image. iterations: of power iteration, at most; seed: of
     its start. Coordinates that no token varies in (the padding of FC2's embedding
-    inputs) are held. ValueError for an unknown kind or block, an odd size, or images
-    that are one at the component. Source: Odonnat et al. 2026, who take the gradient
-    of |f| for the direction; ours is the most sensitive one.
+    inputs) are held. ValueError for an unknown kind or block, an odd size, or two
+    images that are one at the component. Source: Odonnat et al. 2026, who take the
+    gradient of |f| for the direction; ours is the most sensitive one.
     """
     component = component_at(model, kind, block, inputs)
     check_grid(size, iterations)

@@ -208,7 +208,7 @@ def put_tensors(run, tensors):
 
 # %% ../../nbs/training/pretrain.ipynb #33f649b5
 def check_state(header, run, path):
-    "ValueError unless the state in a file is of this pretraining, on such a device."
+    "ValueError unless a state is of this pretraining, on the same kind of device."
     if header.get("config") != asdict(run.config):
         raise ValueError(
             f"{path}: the state of another pretraining"

@@ -274,8 +274,8 @@ def base_of(note, folder) -> nn.Module:
 
 # %% ../../nbs/training/saving.ipynb #f45ec9f1
 def put_trained(model, note, tensors, folder):
-    """Give a network the tensors of a saved run; ValueError where they do not fit it,
-    or are of another run than the note.
+    """Give a network the tensors of a saved run; ValueError where they do not fit
+    it, or are of another run than the note.
     """
     new_head(model, len(note["classes"]), 0, note.get("dense", False))
     own = model.state_dict()
@@ -356,7 +356,7 @@ def processor_of(run) -> dict:
 
 # %% ../../nbs/training/saving.ipynb #3115750e
 def save_transformers(run, folder):
-    "Write a network of transformers with its classes, and how pictures are prepared."
+    "Write a network of transformers, its classes, and how pictures are prepared."
     model, names = run.model, dict(enumerate(run.classes))
     model.config.id2label = names
     model.config.label2id = {name: i for i, name in names.items()}
@@ -366,7 +366,7 @@ def save_transformers(run, folder):
 
 
 def save_timm(run, folder):
-    "Write a network of timm with its classes, and how pictures are prepared."
+    "Write a network of timm, its classes, and how pictures are prepared."
     from timm.models import save_for_hf
 
     size, about = anatomy(run.model).image_shape[-1], run.model.pretrained_cfg
