@@ -113,12 +113,7 @@ UNRECORDED = "model history config classes crop replaced tested".split()
 
 @dataclass(eq=False)
 class Outcome:
-    """One finetuning: what was asked, what happened, and the model at its best
-    validation step.
-
-    One that another program trained and a callback saved holds None for what
-    nobody measured, an empty history, and in `config` what that program said.
-    """
+    "What a finetuning was asked for, and what came out."
 
     task: str
     components: str  # the canonical text of the selection
@@ -145,20 +140,21 @@ class Outcome:
 
 # %% ../../nbs/training/finetune.ipynb #c6e26fdf
 class Run(Outcome):
-    "One finetuning, to be stored, saved, or asked for predictions."
+    """One finetuning: what was asked, what happened, and the model at its best
+    validation step.
+
+    One that another program trained and a callback saved holds None for what
+    nobody measured, an empty history, and in `config` what that program said.
+    """
 
     def record(self) -> dict:
         "What a store keeps: nested lists and dictionaries."
-        d = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in UNRECORDED
-        }
-        config = self.config
-        return d | {
-            "config": config if isinstance(config, dict) else asdict(config),
-            "history": self.history.to_dict("list"),
-        }
+        names = (f.name for f in fields(self) if f.name not in UNRECORDED)
+        config = (
+            self.config if isinstance(self.config, dict) else asdict(self.config)
+        )
+        found = {name: getattr(self, name) for name in names}
+        return found | {"config": config, "history": self.history.to_dict("list")}
 
     def save(self, folder, overwrite=False):
         """Write what was trained, and all that `vp.load_run` needs, to a folder;
