@@ -9,8 +9,8 @@ from conftest import tiny_vit
 import vitplast as vp
 from vitplast.data import RandomCrops
 from vitplast.models import KINDS, Selection, prepare
-from vitplast.training import finetune_many, memory_per_run
-from vitplast.training.batched import Whole, loss_of, saved_bytes, stack_runs
+from vitplast.training import finetune_many, memory_per_run, saved_bytes
+from vitplast.training.batched import Whole, loss_of, stack_runs
 
 BASE = vp.FinetuneConfig(steps=20, eval_every=20, batch_size=8, clip=0.5, weight_decay=0.01)
 SGD = [dataclasses.replace(BASE, lr=lr, seed=seed) for seed in (0, 3) for lr in (0.02, 0.3)]

@@ -134,7 +134,7 @@ def scaled(name, *ks) -> dict:
     "Maps by the power of two of their factor."
     return {k: f"{name}={2.0**k:.12g}" if k else "" for k in ks}
 
-
+# %% ../../nbs/runs/arms.ipynb #8f177791
 # the same on the real network, beside a head with a rate of its own
 REAL_BARE = replace(REAL_CPU, steps=80, clip=None, head_lr=0.1)
 REAL_WIDE = replace(REAL_BARE, clip=1.0)
@@ -180,7 +180,7 @@ PEFT = {  # update -> selections
     "ia3": ("MHA.k+MHA.v+FC2",),
 }
 
-
+# %% ../../nbs/runs/arms.ipynb #e1acbea8
 def through(update, selections, tasks=MATCHED, seeds=(0,), lrs=LARGER_LRS) -> Grid:
     "Selections that train through an update."
     config = replace(CPU, update=update)
@@ -199,7 +199,7 @@ def real_through(update, selections, tasks=REAL_TWICE[:1], lrs=LARGER_LRS) -> Gr
     grid = real(tasks, (0,), selections=selections, lrs=lrs)
     return replace(grid, config=replace(grid.config, update=update))
 
-
+# %% ../../nbs/runs/arms.ipynb #32f78211
 def unions() -> tuple:
     "All pairs, triples and quadruples of kinds, and all five."
     sizes = range(2, len(KINDS) + 1)

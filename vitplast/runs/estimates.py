@@ -28,7 +28,7 @@ def arithmetic(model_name, size=None) -> float:
         * parts.embed(parts.blank(p)).shape[1]
     )
 
-
+# %% ../../nbs/runs/estimates.ipynb #3c17c813
 # pictures of the validation and the test split, about
 READ = {
     "offline": (1000, 1700),
@@ -51,7 +51,7 @@ def pictures_read(task_name) -> tuple:
         return (len(found.files) // 5,) * 2
     return tuple(int((found.given == i).sum()) for i in (1, 2))
 
-
+# %% ../../nbs/runs/estimates.ipynb #4c52dacb
 def size_of(run) -> float:
     """What a run costs, up to a factor: the images that it sees, a third of each
     where it only reads.
@@ -112,7 +112,7 @@ def seconds_left(runs, store, slots) -> float:
         / slots
     )
 
-
+# %% ../../nbs/runs/estimates.ipynb #a5e88320
 def in_words(seconds) -> str:
     "A duration as a person says it."
     for unit, length in (

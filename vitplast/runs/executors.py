@@ -47,7 +47,7 @@ def kept_materials(run, weights, images) -> tuple:
     made = task_for(model, run.task)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), made
 
-
+# %% ../../nbs/runs/executors.ipynb #8b808d8e
 def peak_memory() -> int:
     """Most bytes that tensors took on the GPU since the last call, or, without one,
     this process so far.
@@ -144,7 +144,7 @@ def start_worker(stop):
 
     threading.Thread(target=follow, daemon=True).start()
 
-
+# %% ../../nbs/runs/executors.ipynb #d620d258
 def cores() -> int:
     "How many cores this process may use."
     return (

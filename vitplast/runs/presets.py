@@ -14,6 +14,9 @@ from pathlib import Path
 from ..data import SUITES
 from ..files import check_name
 from ..models import CHOICES, KINDS, with_file
+from .grid import Grid, RunConfig
+
+# %% ../../nbs/runs/presets.ipynb #e52dc1d3
 from vitplast.runs.arms import (
     ABLATED,
     BEST_UNIONS,
@@ -46,6 +49,10 @@ from vitplast.runs.arms import (
     SMALL_LRS,
     TWINS,
     WIDE,
+)
+
+# %% ../../nbs/runs/presets.ipynb #5042e0e4
+from vitplast.runs.arms import (
     bare,
     by_adamw,
     hundredth,
@@ -61,7 +68,6 @@ from vitplast.runs.arms import (
     twins,
     unions,
 )
-from .grid import Grid, RunConfig
 
 # %% ../../nbs/runs/presets.ipynb #8c3b9bee
 def several(grids) -> list:
@@ -93,7 +99,7 @@ def all_runs(grids) -> list:
     found = (g.runs() if isinstance(g, Grid) else [g] for g in several(grids))
     return list(dict.fromkeys(run for runs in found for run in runs))
 
-
+# %% ../../nbs/runs/presets.ipynb #db0cea40
 def with_weights(grids, checkpoint) -> list:
     "Grids whose models, timm's, take their weights from a file."
     return [
@@ -101,7 +107,7 @@ def with_weights(grids, checkpoint) -> list:
         for g in grids
     ]
 
-# %% ../../nbs/runs/presets.ipynb #4fee2456
+
 def read_grids(path) -> tuple:
     """The grids in a JSON file, a list of them or one; ValueError that names what
     is wrong in it.
@@ -115,7 +121,7 @@ def read_grids(path) -> tuple:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a list of grids ({error})") from None
 
-# %% ../../nbs/runs/presets.ipynb #727f7f87
+# %% ../../nbs/runs/presets.ipynb #9b6ad66e
 PRESETS = {
     "paper": (
         published(CIFAR, 10_000, 500),
@@ -149,6 +155,10 @@ PRESETS = {
             DOMAINNET, 20_000, 500, hundredth(DOMAINNET_LRS), optimizers=("adamw",)
         ),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #71dd974f
+PRESETS |= {
     "offline": (
         Grid(SUITES["offline"], config=GPU),
         Grid(
@@ -167,12 +177,20 @@ PRESETS = {
     "offline-cpu-separate": (
         Grid(SUITES["offline"], seeds=(0, 1), config=CPU, extend=True),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #5aa2ef6e
+PRESETS |= {
     "real-cpu": (
         real(REAL_TWICE, (0,)),
         real(("glyphs", "breeds"), (0,)),
         real(REAL_TWICE[:2], (0,), "joint", selections=CHOICES[:-1]),
         real(REAL_TWICE, (1,)),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #c9447b69
+PRESETS |= {
     "twins-cpu": (
         # the published recipe, and rates that follow nothing
         twins(("write=10",), KINDS, config=JOINT),
@@ -196,6 +214,10 @@ PRESETS = {
         # five decades of rates beside a head with its own
         twins(("",), KINDS, TWINS[:2], lrs=DECADES, config=WIDE),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #3a403827
+PRESETS |= {
     "twins-real-cpu": (
         twins(
             ("write=0.1", "permute=1"),
@@ -231,6 +253,10 @@ PRESETS = {
             **REAL_TWIN,
         ),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #63cc82c1
+PRESETS |= {
     "places-cpu": tuple(
         Grid(
             tasks,
@@ -248,6 +274,10 @@ PRESETS = {
         real_places(REAL_TASKS, 0, ("LN1+LN2",)),
         real_places(REAL_TASKS[:-1], 1),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #59088b08
+PRESETS |= {
     "adamw-cpu": (
         by_adamw(ABLATED, (0,)),
         real(
@@ -268,6 +298,10 @@ PRESETS = {
         ),
         real_places(REAL_TASKS, 0, ("MHA.proj", "all@-2:"), lrs=(0.01, *SMALL_LRS)),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #88265959
+PRESETS |= {
     "matched-cpu": (
         *(through(f"random:{n}", MATRICES, seeds=(0, 1)) for n in SIZED),
         *(through(f"columns:{n}", MATRICES) for n in SIZED),
@@ -297,6 +331,10 @@ PRESETS = {
             (0.01, *LARGER_LRS[:-1]),
         ),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #9736be5f
+PRESETS |= {
     "unions-cpu": (
         Grid(FAMILIES, selections=unions(), seeds=(0,), config=CPU, extend=True),
         Grid(FAMILIES, selections=thirds(6), seeds=(0,), config=CPU, extend=True),
@@ -317,6 +355,10 @@ PRESETS = {
             extend=True,
         ),
     ),
+}
+
+# %% ../../nbs/runs/presets.ipynb #8fd46269
+PRESETS |= {
     "text-cpu": (
         Grid(
             SUITES["text"],

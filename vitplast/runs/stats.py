@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELL', 'SELECTIONS', 'CORRECTIONS', 'check_recipe', 'best_rates', 'on_edge', 'chosen', 't_interval', 'summarise',
-           'accuracy_table', 'relative_gain', 'rate_gaps', 'corrected', 'rank_biserial', 'compare', 'Friedman',
-           'friedman', 'RankCorrelation', 'rank_correlation']
+           'accuracy_table', 'relative_gain', 'rate_gaps', 'corrected', 'rank_biserial', 'paired', 'compare',
+           'Friedman', 'friedman', 'RankCorrelation', 'centred_ranks', 'p_of_orders', 'rank_correlation']
 
 # %% ../../nbs/runs/stats.ipynb #e71e31b5
 from typing import NamedTuple
@@ -22,7 +22,7 @@ CELL = ["model", "optimizer", "task", "component"]  # what has one learning rate
 
 SELECTIONS = ("validation", "test")
 
-
+# %% ../../nbs/runs/stats.ipynb #0e3b0dc1
 def check_recipe(runs):
     """ValueError for runs of one cell that differ in more than learning rate and
     seed: a mean over them is of nothing.
@@ -89,7 +89,7 @@ def t_interval(values, confidence=0.95) -> tuple:
     half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
     return values.mean() - half, values.mean() + half
 
-
+# %% ../../nbs/runs/stats.ipynb #aaff5f78
 def summarise(runs, selection="validation", confidence=0.95) -> pd.DataFrame:
     """One row per model, optimiser, task and component: rate, mean, std and
     interval of the test accuracy over seeds, and how many of all its runs diverged.
@@ -147,7 +147,7 @@ def relative_gain(table, probes) -> pd.DataFrame:
     zero = zero.loc[table.index]
     return table.sub(zero, axis=0).div(zero, axis=0)
 
-
+# %% ../../nbs/runs/stats.ipynb #495c5bd9
 def rate_gaps(runs) -> pd.DataFrame:
     """Best and worst mean test accuracy over the learning rates, and the gap, per
     model, optimiser, task and component; and the standard deviation over all rates
@@ -181,7 +181,7 @@ def corrected(p, method="holm") -> np.ndarray:
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     return np.minimum(1, stepped)[np.argsort(order)]
 
-
+# %% ../../nbs/runs/stats.ipynb #dfafccea
 def rank_biserial(differences) -> float:
     """Share of the ranks of the differences that are positive minus the share that
     are negative; zeros are left out.
@@ -190,6 +190,29 @@ def rank_biserial(differences) -> float:
     d = d[d != 0]
     ranks = stats.rankdata(np.abs(d))
     return float((np.sign(d) * ranks).sum() / ranks.sum()) if len(d) else 0.0
+
+# %% ../../nbs/runs/stats.ipynb #50499854
+def paired(first, other, alternative, confidence) -> dict:
+    "What tells two components apart, from their accuracies on the same tasks."
+    d = (first - other).to_numpy(float)
+    low, high = t_interval(d, confidence)
+    p_t = p_wilcoxon = 1.0
+    if d.any():
+        found = stats.ttest_rel(first, other, alternative=alternative)
+        p_t = float(found.pvalue)
+        p_wilcoxon = float(stats.wilcoxon(d, alternative=alternative).pvalue)
+    return {
+        "n_tasks": len(d),
+        "difference": d.mean(),
+        "ci_low": low,
+        "ci_high": high,
+        "wins": int((d > 0).sum()),
+        "losses": int((d < 0).sum()),
+        "d_z": d.mean() / d.std(ddof=1) if d.std() > 0 else np.nan,
+        "rank_biserial": rank_biserial(d),
+        "p_t": p_t,
+        "p_wilcoxon": p_wilcoxon,
+    }
 
 # %% ../../nbs/runs/stats.ipynb #ee6dcd2f
 def compare(
@@ -217,39 +240,11 @@ def compare(
         raise ValueError(
             f"{len(table)} tasks: expected at least 2 for a paired test"
         )
-    rows = []
-    for other in others:
-        d = (table[first] - table[other]).to_numpy(float)
-        same = not d.any()
-        low, high = t_interval(d, confidence)
-        rows.append(
-            {
-                "component": first,
-                "against": other,
-                "n_tasks": len(d),
-                "difference": d.mean(),
-                "ci_low": low,
-                "ci_high": high,
-                "wins": int((d > 0).sum()),
-                "losses": int((d < 0).sum()),
-                "d_z": d.mean() / d.std(ddof=1) if d.std() > 0 else np.nan,
-                "rank_biserial": rank_biserial(d),
-                "p_t": (
-                    1.0
-                    if same
-                    else float(
-                        stats.ttest_rel(
-                            table[first], table[other], alternative=alternative
-                        ).pvalue
-                    )
-                ),
-                "p_wilcoxon": (
-                    1.0
-                    if same
-                    else float(stats.wilcoxon(d, alternative=alternative).pvalue)
-                ),
-            }
-        )
+    rows = [
+        {"component": first, "against": other}
+        | paired(table[first], table[other], alternative, confidence)
+        for other in others
+    ]
     frame = pd.DataFrame(rows)
     for test in ("t", "wilcoxon"):
         frame[f"p_{test}_corrected"] = corrected(frame[f"p_{test}"], correction)
@@ -297,6 +292,44 @@ class RankCorrelation(NamedTuple):
     p: float  # two-sided, over all orders of the components
     n_groups: int
 
+# %% ../../nbs/runs/stats.ipynb #8d340a7c
+def centred_ranks(frame, x, y, group, unit) -> tuple:
+    """Ranks of the units in each group, less their mean, by both columns, and what
+    their product is divided by; ValueError where that is not possible.
+    """
+    tables = [frame.pivot(index=group, columns=unit, values=v) for v in (x, y)]
+    missing = any(t.isna().any(axis=None) for t in tables)
+    if missing or tables[0].shape[1] < 2:
+        raise ValueError(
+            f"expected {x} and {y} of at least 2 {unit}s, each on every {group}:"
+            f" {[t.shape for t in tables]}"
+        )
+    ranks = [t.rank(axis=1).to_numpy() for t in tables]
+    a, b = (r - r.mean(1, keepdims=True) for r in ranks)
+    scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    if not scale.all():
+        raise ValueError(
+            f"{x} or {y} is the same for every {unit} of a {group}: expected values"
+            " that differ"
+        )
+    return a, b, scale
+
+# %% ../../nbs/runs/stats.ipynb #03ab6f6f
+def p_of_orders(a, b, scale, seed) -> float:
+    "The share of all orders of the units whose correlation is as far from 0."
+
+    def of_order(order):
+        # equal up to rounding is equal
+        return round(((a[:, order.astype(int)] * b).sum(1) / scale).mean(), 12)
+
+    return stats.permutation_test(
+        (np.arange(a.shape[1]),),
+        of_order,
+        permutation_type="pairings",
+        n_resamples=9999,
+        rng=seed,
+    ).pvalue
+
 # %% ../../nbs/runs/stats.ipynb #6c5a8e2c
 def rank_correlation(
     frame,
@@ -314,37 +347,9 @@ def rank_correlation(
     value permutes the units, alike in all groups. Raises ValueError unless every
     group has every unit once, and for fewer than 2 units.
     """
-    tables = [frame.pivot(index=group, columns=unit, values=v) for v in (x, y)]
-    if (
-        tables[0].isna().any(axis=None)
-        or tables[1].isna().any(axis=None)
-        or tables[0].shape[1] < 2
-    ):
-        raise ValueError(
-            f"expected {x} and {y} of at least 2 {unit}s, each on every {group}:"
-            f" {[t.shape for t in tables]}"
-        )
-    ranks = [t.rank(axis=1).to_numpy() for t in tables]
-    a, b = (r - r.mean(1, keepdims=True) for r in ranks)
-    scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    if not scale.all():
-        raise ValueError(
-            f"{x} or {y} is the same for every {unit} of a {group}: expected values"
-            " that differ"
-        )
+    a, b, scale = centred_ranks(frame, x, y, group, unit)
     each = (a * b).sum(1) / scale
-
-    def of_order(order):
-        # equal up to rounding is equal
-        return round(((a[:, order.astype(int)] * b).sum(1) / scale).mean(), 12)
-
-    p = stats.permutation_test(
-        (np.arange(a.shape[1]),),
-        of_order,
-        permutation_type="pairings",
-        n_resamples=9999,
-        rng=seed,
-    ).pvalue
+    p = p_of_orders(a, b, scale, seed)
     low = high = np.nan
     if len(each) >= 3 and np.ptp(each) > 0:
         low, high = stats.bootstrap(

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OWN', 'group_key', 'check_group', 'Whole', 'stack_runs', 'stackable_attention', 'per_run', 'norms',
-           'StackedOptimizer', 'evaluate_runs', 'loss_of', 'batch_of_runs', 'keep_better', 'train_runs',
-           'finetune_many', 'memory_per_run', 'free_memory', 'runs_that_fit']
+           'StackedOptimizer', 'evaluate_runs', 'loss_of', 'batch_of_runs', 'keep_better', 'Group', 'gradients_of_runs',
+           'row_of', 'clipped', 'descend_together', 'Readings', 'train_runs', 'trained_together', 'model_of', 'as_runs',
+           'finetune_many']
 
 # %% ../../nbs/training/batched.ipynb #e1640f21
 import copy
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -33,23 +33,20 @@ from vitplast.models import (
     prepare,
     unwrapped,
 )
-from vitplast.training.finetune import (
-    Run,
-    as_history,
-    clipped_together,
-    decided,
-    gradient_groups,
-    has_diverged,
-    own_and_head,
-    prepared_head,
-    reads,
-)
+from .finetune import Run, decided, prepared_head
 from vitplast.training.freezing import (
     in_parts,
     n_trained,
-    saved_bytes,
     training_mode,
     weight_digests,
+)
+from vitplast.training.history import (
+    as_history,
+    clipped_together,
+    gradient_groups,
+    has_diverged,
+    own_and_head,
+    reads,
 )
 from vitplast.training.recipe import (
     FinetuneConfig,
@@ -252,6 +249,142 @@ def keep_better(best, found, stacked):
         for name, p in stacked.items():
             best[name][found] = p[found]
 
+# %% ../../nbs/training/batched.ipynb #224aea81
+class Group:
+    "What the steps of a group of runs share."
+
+    def __init__(self, whole, task, stacked, watched, masks, configs, compiled):
+        model, config = whole.model, configs[0]
+        self.whole, self.task, self.configs = whole, task, configs
+        self.loss_of = torch.compile(loss_of) if compiled else loss_of
+        self.orders = {
+            c.seed: image_order(len(task.train), c.steps, c.batch_size, c.seed)
+            for c in configs
+        }
+        self.generators = {s: torch.Generator().manual_seed(s) for s in self.orders}
+        self.everything = {f"model.{n}": p for n, p in stacked.items()}
+        own = {n: p for n, p in model.named_parameters() if n in stacked}
+        mine = {n: p for n, p in own.items() if n not in watched}
+        self.trained = {
+            f"model.{n}": stacked[n] for n in stacked if n not in watched
+        }
+        self.optimizer = StackedOptimizer(self.trained.values(), config)
+        component, self.head = own_and_head(anatomy(model), mine)
+        self.together = clipped_together(component, self.head, config)
+        names = {id(p): f"model.{n}" for n, p in own.items()}
+        groups = gradient_groups(anatomy(model), mine, config.watch)
+        self.columns = {
+            column: [names[id(p)] for p in group]
+            for column, group in groups.items()
+        }
+        self.held = {
+            f"model.{n}": (mask, self.trained[f"model.{n}"].detach().clone())
+            for n, mask in masks.items()
+        }
+
+# %% ../../nbs/training/batched.ipynb #382872f3
+def gradients_of_runs(group, step) -> tuple:
+    "Losses (R,) of a step, and the gradients of what is stacked, by name."
+    config, stacked = group.configs[0], group.everything
+    images, labels = batch_of_runs(
+        group.whole.model,
+        group.task,
+        group.orders,
+        group.generators,
+        group.configs,
+        step,
+    )
+    total, gradients = 0.0, [0.0] * len(stacked)
+    for part in pieces(images.transpose(0, 1), labels.transpose(0, 1), config):
+        x, y = (t.transpose(0, 1) for t in part)
+        loss = group.loss_of(group.whole, stacked, x, y, config.bf16)
+        loss = loss / config.batch_size
+        own = torch.autograd.grad(
+            loss.sum(), list(stacked.values()), materialize_grads=True
+        )
+        gradients = [a + b for a, b in zip(gradients, own)]
+        total = total + loss.detach()
+    by_name = dict(zip(stacked, gradients))
+    return total, by_name | {n: by_name[n] * m for n, (m, _) in group.held.items()}
+
+
+def row_of(group, total, by_name) -> torch.Tensor:
+    "Loss and gradient norms of a step (R, columns)."
+    nothing = torch.full_like(total, math.nan)
+    found = (
+        norms([by_name[n] for n in names]) if names else nothing
+        for names in group.columns.values()
+    )
+    return torch.stack([total, *found], 1)
+
+# %% ../../nbs/training/batched.ipynb #75b8e941
+def clipped(group, by_name) -> dict:
+    "Gradients by name, clipped for each run on its own."
+    for names in group.together:
+        names = [f"model.{n}" for n in names]
+        size = norms([by_name[n] for n in names])
+        factor = (group.configs[0].clip / (size + 1e-6)).clamp(max=1)
+        by_name |= {n: by_name[n] * per_run(factor, by_name[n]) for n in names}
+    return by_name
+
+
+def descend_together(group, by_name, step, like):
+    "One step of every run, at its own rate; `like`: a number per run."
+    config = group.configs[0]
+    now = warmup_cosine(step - 1, config.steps, config.warmup)
+    peaks = (
+        [c.lr for c in group.configs],
+        [c.rate_of_head for c in group.configs],
+    )
+    rates = [
+        torch.tensor([now * lr for lr in p], device=like.device, dtype=like.dtype)
+        for p in peaks
+    ]
+    group.optimizer.step(
+        [by_name[n] for n in group.trained],
+        [rates[n.removeprefix("model.") in group.head] for n in group.trained],
+    )
+    with torch.no_grad():
+        for n, (mask, start) in group.held.items():
+            group.trained[n].copy_(torch.where(mask, group.trained[n], start))
+
+# %% ../../nbs/training/batched.ipynb #42b44505
+class Readings:
+    "What validation said of each run of a group, and the best weights so far."
+
+    def __init__(self, group):
+        n_runs = len(group.configs)
+        self.group, self.seen = group, [{} for _ in range(n_runs)]
+        self.best = {n: p.detach().clone() for n, p in group.trained.items()}
+        self.accuracies, self.steps = [0.0] * n_runs, [0] * n_runs
+        self.alive = [True] * n_runs
+
+    def add(self, step):
+        "Read validation after a step."
+        group, better = self.group, []
+        split, bf16 = group.task.validation, group.configs[0].bf16
+        found = evaluate_runs(group.whole, group.trained, split, bf16=bf16)
+        for r, (loss, accuracy) in enumerate(zip(*(t.tolist() for t in found))):
+            if self.alive[r]:
+                self.seen[r][step] = loss, accuracy
+                self.alive[r] = math.isfinite(loss)
+            higher = not self.steps[r] or accuracy > self.accuracies[r]
+            better.append(self.alive[r] and higher)
+            if better[r]:
+                self.accuracies[r], self.steps[r] = accuracy, step
+        device = next(iter(group.trained.values())).device
+        keep_better(self.best, torch.tensor(better, device=device), group.trained)
+
+    def histories(self, rows) -> list:
+        "The history of each run, from a row per step (R, columns)."
+        rows, columns = torch.stack(rows, 1), ["loss", *self.group.columns]
+        return [
+            as_history(own[: len(own) if alive else max(seen)], columns, seen, c)
+            for own, alive, seen, c in zip(
+                rows, self.alive, self.seen, self.group.configs
+            )
+        ]
+
 # %% ../../nbs/training/batched.ipynb #baa5cfee
 def train_runs(
     whole, task, stacked, watched, masks, configs, tqdm_label=None, compiled=False
@@ -259,130 +392,79 @@ def train_runs(
     """The training loop of a group: histories, best validation accuracies, their
     steps (0 for none), and the best weights; each per run.
     """
-    model, config, device = (
-        whole.model,
-        configs[0],
-        next(iter(stacked.values())).device,
-    )
-    loss_function = torch.compile(loss_of) if compiled else loss_of
-    orders = {
-        c.seed: image_order(len(task.train), c.steps, c.batch_size, c.seed)
-        for c in configs
-    }
-    generators = {seed: torch.Generator().manual_seed(seed) for seed in orders}
-    trained = {f"model.{n}": p for n, p in stacked.items() if n not in watched}
-    everything = {f"model.{n}": p for n, p in stacked.items()}
-    optimizer = StackedOptimizer(trained.values(), config)
-    own = {n: p for n, p in model.named_parameters() if n in stacked}
-    names = {id(p): f"model.{n}" for n, p in own.items()}
-    mine = {n: p for n, p in own.items() if n not in watched}
-    groups = gradient_groups(anatomy(model), mine, config.watch)
-    of_component, of_head = own_and_head(anatomy(model), mine)
-    together = clipped_together(of_component, of_head, config)
-    held = {
-        f"model.{n}": (mask, trained[f"model.{n}"].detach().clone())
-        for n, mask in masks.items()
-    }
-    columns = {
-        column: [names[id(p)] for p in group] for column, group in groups.items()
-    }
-    best = {n: p.detach().clone() for n, p in trained.items()}
-    n_runs, rows, readings = len(configs), [], [{} for _ in configs]
-    accuracies, steps, alive = [0.0] * n_runs, [0] * n_runs, [True] * n_runs
-    for step in tqdm(
-        range(1, config.steps + 1),
-        desc=tqdm_label,
-        unit="step",
-        leave=False,
-        disable=tqdm_label is None,
-    ):
+    group = Group(whole, task, stacked, watched, masks, configs, compiled)
+    read, rows, config = Readings(group), [], configs[0]
+    shown = {"desc": tqdm_label, "unit": "step", "leave": False}
+    steps = range(1, config.steps + 1)
+    for step in tqdm(steps, **shown, disable=tqdm_label is None):
         training_mode(whole)
-        images, labels = batch_of_runs(
-            model, task, orders, generators, configs, step
-        )
-        total, gradients = 0.0, [0.0] * len(everything)
-        for part in pieces(images.transpose(0, 1), labels.transpose(0, 1), config):
-            x, y = (t.transpose(0, 1) for t in part)
-            loss = (
-                loss_function(whole, everything, x, y, config.bf16)
-                / config.batch_size
-            )
-            gradients = [
-                a + b
-                for a, b in zip(
-                    gradients,
-                    torch.autograd.grad(
-                        loss.sum(),
-                        list(everything.values()),
-                        materialize_grads=True,
-                    ),
-                )
-            ]
-            total = total + loss.detach()
-        by_name = dict(zip(everything, gradients))
-        by_name |= {n: by_name[n] * mask for n, (mask, _) in held.items()}
-        nothing = torch.full_like(total, math.nan)
-        rows.append(
-            torch.stack(
-                [
-                    total,
-                    *(
-                        norms([by_name[n] for n in names]) if names else nothing
-                        for names in columns.values()
-                    ),
-                ],
-                1,
-            )
-        )
-        for group in together:
-            size = norms([by_name[f"model.{n}"] for n in group])
-            factor = (config.clip / (size + 1e-6)).clamp(max=1)
-            by_name |= {
-                f"model.{n}": (
-                    by_name[f"model.{n}"] * per_run(factor, by_name[f"model.{n}"])
-                )
-                for n in group
-            }
-        now = warmup_cosine(step - 1, config.steps, config.warmup)
-        peaks = [c.lr for c in configs], [c.rate_of_head for c in configs]
-        rates = [
-            torch.tensor([now * lr for lr in p], device=device, dtype=total.dtype)
-            for p in peaks
-        ]
-        optimizer.step(
-            [by_name[n] for n in trained],
-            [rates[n.removeprefix("model.") in of_head] for n in trained],
-        )
-        with torch.no_grad():
-            for n, (mask, start) in held.items():
-                trained[n].copy_(torch.where(mask, trained[n], start))
+        total, by_name = gradients_of_runs(group, step)
+        rows.append(row_of(group, total, by_name))
+        descend_together(group, clipped(group, by_name), step, total)
         if reads(step, config):
-            loss, accuracy = (
-                t.tolist()
-                for t in evaluate_runs(
-                    whole, trained, task.validation, bf16=config.bf16
-                )
-            )
-            better = []
-            for r in range(n_runs):
-                if alive[r]:
-                    readings[r][step] = loss[r], accuracy[r]
-                    alive[r] = math.isfinite(loss[r])
-                better.append(
-                    alive[r] and (not steps[r] or accuracy[r] > accuracies[r])
-                )
-                if better[r]:
-                    accuracies[r], steps[r] = accuracy[r], step
-            keep_better(best, torch.tensor(better, device=device), trained)
-            if not any(alive):
+            read.add(step)
+            if not any(read.alive):
                 break
-    rows = torch.stack(rows, 1)  # (R, steps, columns)
-    ends = [len(rows[r]) if alive[r] else max(readings[r]) for r in range(n_runs)]
-    histories = [
-        as_history(rows[r, : ends[r]], ["loss", *columns], readings[r], c)
-        for r, c in enumerate(configs)
-    ]
-    return histories, accuracies, steps, best
+    return read.histories(rows), read.accuracies, read.steps, read.best
+
+# %% ../../nbs/training/batched.ipynb #98298652
+def trained_together(whole, *group) -> tuple:
+    "What `train_runs` gives; ValueError for a model that needs runs one by one."
+    try:
+        return train_runs(whole, *group)
+    except RuntimeError as error:
+        if "random" not in str(error) and "inplace" not in str(error):
+            raise
+        raise ValueError(
+            f"this {type(whole.model).__name__} draws random numbers or changes"
+            " statistics while it trains: expected runs one by one"
+        ) from error
+
+
+def model_of(base, best, r) -> nn.Module:
+    "The network of one run of a group; what is frozen is shared by all."
+    frozen = {
+        id(p): p for n, p in base.named_parameters() if f"model.{n}" not in best
+    }
+    own = copy.deepcopy(base, frozen).eval()
+    mine = {n.removeprefix("model."): p[r] for n, p in best.items()}
+    own.load_state_dict(mine, strict=False)
+    for name, p in own.named_parameters():
+        p.requires_grad_(name in mine)
+    return own
+
+# %% ../../nbs/training/batched.ipynb #3faec380
+def as_runs(
+    whole, task, selection, configs, found, masks, replaced, bf16, started
+) -> list:
+    "The Runs of a group, from what its training gave; the test split is read once."
+    histories, accuracies, steps, best = found
+    tested = evaluate_runs(whole, best, task.test, bf16=bf16)[1].tolist()
+    seconds, runs = (time.monotonic() - started) / len(configs), []
+    for r, config in enumerate(configs):
+        own = model_of(whole.model, best, r)
+        chosen = {n: p for n, p in own.named_parameters() if f"model.{n}" in best}
+        runs.append(
+            Run(
+                task=task.name,
+                components=selection.text,
+                config=config,
+                history=histories[r],
+                diverged=has_diverged(histories[r]),
+                best_step=steps[r],
+                validation_accuracy=accuracies[r],
+                test_accuracy=tested[r] if steps[r] else 0.0,
+                n_trained=n_trained(chosen, masks),
+                seconds=seconds,
+                bf16=bf16,
+                model=own,
+                classes=tuple(task.classes),
+                crop=task.crop,
+                replaced=replaced,
+                tested=task.test,
+            )
+        )
+    return runs
 
 # %% ../../nbs/training/batched.ipynb #ab668689
 @torch.inference_mode(False)
@@ -408,98 +490,12 @@ def finetune_many(
     bf16 = decided(base, configs[0]).bf16
     computed = [replace(c, bf16=bf16) for c in configs]
     stacked, watched, masks = stack_runs(base, task, selection, configs)
-    for p in base.parameters():
-        p.requires_grad_(False)
-    whole = Whole(base)
+    whole = Whole(base.requires_grad_(False))
     shown = f"{selection.text} x {len(configs)}" if progress else None
-    try:
-        histories, accuracies, steps, best = train_runs(
-            whole, task, stacked, watched, masks, computed, shown, compiled
-        )
-    except RuntimeError as error:
-        if "random" not in str(error) and "inplace" not in str(error):
-            raise
-        raise ValueError(
-            f"this {type(model).__name__} draws random numbers or changes"
-            " statistics while it trains: expected runs one by one"
-        ) from error
-    heads = anatomy(base).head().keys()
-    names = [n.removeprefix("model.") for n in best]
-    replaced = weight_digests(model, [n for n in names if n not in heads])
-    tested = evaluate_runs(whole, best, task.test, bf16=bf16)[1].tolist()
-    seconds, runs = (time.monotonic() - started) / len(configs), []
-    for r, config in enumerate(configs):
-        frozen = {
-            id(p): p for n, p in base.named_parameters() if f"model.{n}" not in best
-        }
-        own = copy.deepcopy(base, frozen).eval()
-        own.load_state_dict(
-            {n.removeprefix("model."): p[r] for n, p in best.items()}, strict=False
-        )
-        chosen = {n: p for n, p in own.named_parameters() if f"model.{n}" in best}
-        for name, p in own.named_parameters():
-            p.requires_grad_(name in chosen)
-        runs.append(
-            Run(
-                task=task.name,
-                components=selection.text,
-                config=config,
-                history=histories[r],
-                diverged=has_diverged(histories[r]),
-                best_step=steps[r],
-                validation_accuracy=accuracies[r],
-                test_accuracy=tested[r] if steps[r] else 0.0,
-                n_trained=n_trained(chosen, masks),
-                seconds=seconds,
-                bf16=bf16,
-                model=own,
-                classes=tuple(task.classes),
-                crop=task.crop,
-                replaced=replaced,
-                tested=task.test,
-            )
-        )
-    return runs
-
-# %% ../../nbs/training/batched.ipynb #cf5ca4ce
-def memory_per_run(model, task, selection, config) -> int:
-    "Bytes that one more run of a group needs, on the device of the model."
-    base = copy.deepcopy(model)
-    bf16 = decided(base, config).bf16
-    stacked, *_ = stack_runs(base, task, Selection.of(selection, base), [config])
-    for p in base.parameters():
-        p.requires_grad_(False)
-    whole, weights = Whole(base), {f"model.{n}": p for n, p in stacked.items()}
-    rows = torch.arange(-(-config.batch_size // config.accumulate)) % len(
-        task.train
-    )
-    images, labels = task.batch(
-        rows, torch.Generator().manual_seed(0), next(base.parameters()).device
-    )
-    images = prepare(base, images)[None]
-    of_weights = sum(p.nbytes for p in weights.values())
-    saved = saved_bytes(lambda: loss_of(whole, weights, images, labels[None], bf16))
-    return saved + of_weights * (4 if config.optimizer == "sgd" else 5)
-
-# %% ../../nbs/training/batched.ipynb #4c8bc192
-def free_memory(device) -> int:
-    "Bytes that may still be allocated on a device."
-    if torch.device(device).type == "cuda":
-        # torch keeps it for itself
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return (
-        os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if hasattr(os, "sysconf")
-        else 2**32
-    )
-
-
-def runs_that_fit(model, task, selection, config) -> int:
-    """How many runs of a group fit into two thirds of the free memory of the
-    model's device: at least one.
-    """
-    need = memory_per_run(model, task, selection, config)
-    return max(1, int(free_memory(next(model.parameters()).device) * 2 / 3 / need))
+    group = stacked, watched, masks, computed, shown, compiled
+    found = trained_together(whole, task, *group)
+    heads = {f"model.{n}" for n in anatomy(base).head()}
+    names = [n.removeprefix("model.") for n in found[-1] if n not in heads]
+    replaced = weight_digests(model, names)
+    asked = selection, configs, found, masks, replaced, bf16, started
+    return as_runs(whole, task, *asked)

@@ -49,7 +49,7 @@ def first_modules(model, block) -> list:
     names = [block_prefix(parts, i).rstrip(".") for i in range(block)]
     return [model.get_submodule(name) for name in names]
 
-
+# %% ../../nbs/training/prefix.ipynb #525a6a52
 def going_on(model, block):
     """A function tokens (N, n, d) -> logits that computes from a block on: the last
     block before it gives out these tokens, whatever it is given.
@@ -96,7 +96,7 @@ def fixed(model, block, images) -> bool:
             still = first(before(parts, block, images))
     return near(drawn, still)
 
-
+# %% ../../nbs/training/prefix.ipynb #60e1ae62
 def other_length(model, task) -> bool:
     "Whether the inputs are sequences shorter than the model's blank one."
     parts = anatomy(model)
@@ -165,7 +165,7 @@ class Tokens:
         self.done[split][missing] = True
         return tokens[rows].to(next(model.parameters()).device)
 
-
+# %% ../../nbs/training/prefix.ipynb #c92ab421
 KEPT = weakref.WeakKeyDictionary()  # task -> Tokens, of one task at a time
 
 # %% ../../nbs/training/prefix.ipynb #30dcfca9
@@ -181,7 +181,7 @@ class Reuse:
         tokens = self.tokens.rows(self.model, self.task, split, rows)
         return tokens, getattr(self.task, split).labels[rows].to(tokens.device)
 
-
+# %% ../../nbs/training/prefix.ipynb #89b65338
 def reused(model, task, names, config) -> "Reuse | None":
     """What is needed to train these parameters of a model without computing twice
     what lies before them; None where every step has to compute all.

@@ -34,7 +34,7 @@ def probe_features(model, batches):
         ]
     return torch.cat(tokens).double().cpu().numpy()
 
-
+# %% ../../nbs/training/probe.ipynb #0d7c7c92
 def linear_probe(model, task: Task, split="test") -> float:
     """Accuracy on a split of a logistic regression on the frozen features, fitted
     on the training split.
@@ -74,7 +74,7 @@ def head_inputs(model):
     finally:
         hook.remove()
 
-
+# %% ../../nbs/training/probe.ipynb #602e23f3
 def fit_head(model, task: Task):
     """Give the model's head the weights of a logistic regression on what it
     receives.

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'CLIP_HEAD', 'UPDATES', 'POSITIVE', 'COUNT', 'SHARE', 'TRUTH', 'ALLOWED', 'NEUTRAL', 'RATIOS',
-           'is_number', 'is_whole', 'read_update', 'is_update', 'in_one_spelling', 'FinetuneConfig', 'warmup_cosine',
-           'check_batch', 'image_order', 'weights_of', 'with_shots', 'make_optimizer', 'pieces', 'precision']
+           'is_number', 'is_whole', 'read_update', 'is_update', 'in_one_spelling', 'Published', 'Settings',
+           'FinetuneConfig', 'warmup_cosine', 'check_batch', 'image_order', 'weights_of', 'with_shots',
+           'make_optimizer', 'pieces', 'precision']
 
 # %% ../../nbs/training/recipe.ipynb #de4f4d8e
 import math
@@ -34,7 +35,7 @@ def is_whole(v) -> bool:
     "Whether a value is a whole number, and no truth value."
     return isinstance(v, Integral) and not isinstance(v, bool)
 
-
+# %% ../../nbs/training/recipe.ipynb #29157d57
 UPDATES = ("random", "columns", "lora", "ia3")
 
 
@@ -61,7 +62,7 @@ def is_update(v) -> bool:
     "Whether a value is None or an update; ValueError for another text."
     return v is None or isinstance(v, str) and bool(read_update(v))
 
-
+# %% ../../nbs/training/recipe.ipynb #479985a9
 # a setting -> what it must be, in words and as a function
 POSITIVE = "a positive number", lambda v: is_number(v) and v > 0
 
@@ -101,6 +102,10 @@ ALLOWED = {
         'True, False or "auto"',
         lambda v: isinstance(v, bool) or v == "auto",
     ),
+}
+
+# %% ../../nbs/training/recipe.ipynb #3444c370
+ALLOWED |= {
     "log_every": COUNT,
     "watch": (f"some of {KINDS}", lambda v: set(v) <= set(KINDS)),
     "clip_head": (f"one of {CLIP_HEAD}", lambda v: v in CLIP_HEAD),
@@ -124,28 +129,24 @@ ALLOWED = {
     ),
 }
 
-
+# %% ../../nbs/training/recipe.ipynb #7d6cf77a
 # settings that change how a run is computed, and not what
 NEUTRAL = ("accumulate", "bf16", "log_every", "watch", "also")
 
 
 RATIOS = ("lr", "momentum", "weight_decay", "warmup", "clip", "head_lr")
 
-# %% ../../nbs/training/recipe.ipynb #2ef43818
+
 def in_one_spelling(name, value):
     "A number as its setting's own type, so that 1 and 1.0 are one run."
     if name in RATIOS and is_number(value):
         return float(value)
     return int(value) if name not in RATIOS and is_whole(value) else value
 
-# %% ../../nbs/training/recipe.ipynb #f361fc43
+# %% ../../nbs/training/recipe.ipynb #9e4068b9
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """How to train; a run depends on this, the task, the model and the components
-    alone.
-
-    ValueError for a setting that is no possible value, with what is expected.
-    """
+class Published:
+    "The settings of the published recipe, and what they are where nothing is said."
 
     lr: float = 0.01  # at the end of the warm-up
     steps: int = 300
@@ -166,6 +167,12 @@ class FinetuneConfig:
     log_every: int = 1  # steps that a row of the history averages over
     # kinds whose gradient norms are recorded even where they are frozen
     watch: tuple = ()
+
+# %% ../../nbs/training/recipe.ipynb #4f529636
+@dataclass(frozen=True)
+class Settings(Published):
+    "Those that came later, and the check of all of them."
+
     # the head is clipped on its own, or together with the component
     clip_head: str = later("separate", before="joint")
     # None: that of all else; 0: fitted on the frozen features, and fixed
@@ -196,6 +203,13 @@ class FinetuneConfig:
                 f" batch_size={self.batch_size}"
             )
 
+# %% ../../nbs/training/recipe.ipynb #f361fc43
+class FinetuneConfig(Settings):
+    """How to train; a run depends on this, its task, model and components alone.
+
+    ValueError for a setting that is no possible value, with what is expected.
+    """
+
     @classmethod
     def of(cls, config) -> "FinetuneConfig":
         "A configuration, or one from a mapping of its settings."
@@ -210,10 +224,7 @@ class FinetuneConfig:
 
     @classmethod
     def from_dict(cls, d) -> "FinetuneConfig":
-        """The inverse of dataclasses.asdict.
-
-        ValueError for an unknown key, with the nearest known one.
-        """
+        "The inverse of dataclasses.asdict; ValueError for an unknown key."
         for name in d:
             check_name("setting", name, [f.name for f in fields(cls)])
         return cls(**d)
@@ -264,7 +275,7 @@ def image_order(n_images, steps, batch_size, seed) -> torch.Tensor:
         [torch.randperm(n_images, generator=g) for _ in range(epochs)]
     )[: steps * batch_size].view(steps, batch_size)
 
-
+# %% ../../nbs/training/recipe.ipynb #2d77b00a
 def weights_of(task, config) -> "torch.Tensor | None":
     "What a label of each class counts (classes,); one on average; None for all."
     if not config.class_weights:
@@ -272,7 +283,7 @@ def weights_of(task, config) -> "torch.Tensor | None":
     n = torch.bincount(task.train.labels.flatten(), minlength=task.n_classes)
     return n.sum() / (n.clamp(min=1) * int((n > 0).sum())).float()
 
-
+# %% ../../nbs/training/recipe.ipynb #119716aa
 def with_shots(task, config):
     """A task with so many training pictures of each class, drawn from the seed;
     ValueError for a class that has fewer.
@@ -318,7 +329,7 @@ def make_optimizer(parameters, config, head=()) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, betas=(config.momentum, 0.999), **shared)
     return torch.optim.SGD(groups, momentum=config.momentum, **shared)
 
-
+# %% ../../nbs/training/recipe.ipynb #c5060346
 def pieces(images, labels, config) -> list:
     """A batch in `accumulate` pieces of nearly the same size: pairs of images and
     labels.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'NOTE', 'TENSORS', 'CARD', 'NEEDED', 'RESULTS', 'kept_names', 'json_able', 'as_lists', 'labels_pixels',
            'note_of', 'recipe_lines', 'card_of', 'check_place', 'save_run', 'read_note', 'read_tensors', 'check_base',
-           'base_of', 'load_run', 'processor_of', 'merge']
+           'base_of', 'put_trained', 'load_run', 'processor_of', 'save_transformers', 'save_timm', 'merge']
 
 # %% ../../nbs/training/saving.ipynb #ce317a06
 import copy
@@ -59,14 +59,14 @@ def as_lists(frame) -> dict:
         for c in frame
     }
 
-
+# %% ../../nbs/training/saving.ipynb #aa5bca6f
 def labels_pixels(model) -> bool:
     "Whether a network says a class for each pixel."
     parts = anatomy(model)
     with evaluating(model):
         return parts.logits(parts.blank(next(model.parameters()))).ndim == 4
 
-
+# %% ../../nbs/training/saving.ipynb #7e3e88c3
 def note_of(run) -> dict:
     "All that a saved run says beside its tensors."
     model, kept = run.model, set(kept_names(run))
@@ -122,7 +122,7 @@ def recipe_lines(note) -> list:
         f" {config['batch_size']}, seed {config['seed']}",
     ]
 
-
+# %% ../../nbs/training/saving.ipynb #a494d564
 def card_of(note) -> str:
     "A model card in Markdown, with the front matter that hubs read."
     base, results = note["base"], note["results"]
@@ -254,7 +254,7 @@ def check_base(model, note, folder):
             " expected the weights that it began with"
         )
 
-# %% ../../nbs/training/saving.ipynb #ff96d6c1
+# %% ../../nbs/training/saving.ipynb #f1f21a29
 def base_of(note, folder) -> nn.Module:
     "The network that a saved run began with, loaded by its name."
     name = note["base"]["model"]
@@ -272,19 +272,11 @@ def base_of(note, folder) -> nn.Module:
             " vp.load_run(folder, model)"
         ) from None
 
-
-def load_run(folder, model=None) -> Run:
-    """A run that `run.save` wrote, with its model ready to use.
-
-    model: the network that it began with, which is left alone; loaded by its name
-    where None. Raises ValueError for a network with other weights, and for files
-    that are damaged or do not fit each other; FileNotFoundError where there is no
-    run.
+# %% ../../nbs/training/saving.ipynb #f45ec9f1
+def put_trained(model, note, tensors, folder):
+    """Give a network the tensors of a saved run; ValueError where they do not fit
+    it, or are of another run than the note.
     """
-    note, tensors = read_note(folder), read_tensors(folder)
-    given = base_of(note, folder) if model is None else unwrapped(model)
-    check_base(given, note, folder)
-    model = copy.deepcopy(given)
     new_head(model, len(note["classes"]), 0, note.get("dense", False))
     own = model.state_dict()
     if unknown := [n for n in tensors if n not in own]:
@@ -308,6 +300,21 @@ def load_run(folder, model=None) -> Run:
         )
     about = getattr(model, "pretrained_cfg", None) or {}
     model.pretrained_cfg = {**about, "mean": note["mean"], "std": note["std"]}
+
+# %% ../../nbs/training/saving.ipynb #ff96d6c1
+def load_run(folder, model=None) -> Run:
+    """A run that `run.save` wrote, with its model ready to use.
+
+    model: the network that it began with, which is left alone; loaded by its name
+    where None. Raises ValueError for a network with other weights, and for files
+    that are damaged or do not fit each other; FileNotFoundError where there is no
+    run.
+    """
+    note, tensors = read_note(folder), read_tensors(folder)
+    given = base_of(note, folder) if model is None else unwrapped(model)
+    check_base(given, note, folder)
+    model = copy.deepcopy(given)
+    put_trained(model, note, tensors, folder)
     history = pd.DataFrame(note["history"]).astype(float).astype({"step": int})
     kept = note["base"]["weights"].keys() & tensors.keys()
     config = note["config"]
@@ -347,6 +354,32 @@ def processor_of(run) -> dict:
         "image_std": list(about["std"]),
     }
 
+# %% ../../nbs/training/saving.ipynb #3115750e
+def save_transformers(run, folder):
+    "Write a network of transformers, its classes, and how pictures are prepared."
+    model, names = run.model, dict(enumerate(run.classes))
+    model.config.id2label = names
+    model.config.label2id = {name: i for i, name in names.items()}
+    model.save_pretrained(folder)
+    with replacing(folder / "preprocessor_config.json") as file:
+        file.write_text(json.dumps(processor_of(run), indent=1) + "\n")
+
+
+def save_timm(run, folder):
+    "Write a network of timm, its classes, and how pictures are prepared."
+    from timm.models import save_for_hf
+
+    size, about = anatomy(run.model).image_shape[-1], run.model.pretrained_cfg
+    data = {"input_size": (3, size, size), "crop_pct": run.crop}
+    data |= {k: tuple(about[k]) for k in ("mean", "std")}
+    save_for_hf(
+        run.model,
+        folder,
+        model_config={"label_names": list(run.classes)},
+        data_config=data,
+        safe_serialization=True,
+    )
+
 # %% ../../nbs/training/saving.ipynb #d65dda84
 def merge(run, folder) -> Path:
     """Write a run's whole network so that its own library loads it; returns the
@@ -367,25 +400,9 @@ def merge(run, folder) -> Path:
             " by name: expected vp.load_run, which reads what run.save writes"
         )
     if hasattr(model, "save_pretrained"):
-        names = dict(enumerate(run.classes))
-        model.config.id2label = names
-        model.config.label2id = {name: i for i, name in names.items()}
-        model.save_pretrained(folder)
-        with replacing(folder / "preprocessor_config.json") as file:
-            file.write_text(json.dumps(processor_of(run), indent=1) + "\n")
+        save_transformers(run, folder)
     elif module.startswith("timm.") and "architecture" in model.pretrained_cfg:
-        from timm.models import save_for_hf
-
-        size = anatomy(model).image_shape[-1]
-        data = {"input_size": (3, size, size), "crop_pct": run.crop}
-        data |= {k: tuple(model.pretrained_cfg[k]) for k in ("mean", "std")}
-        save_for_hf(
-            model,
-            folder,
-            model_config={"label_names": list(run.classes)},
-            data_config=data,
-            safe_serialization=True,
-        )
+        save_timm(run, folder)
     else:
         raise ValueError(
             f"this {type(model).__name__} is of no architecture that timm or"

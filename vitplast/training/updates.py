@@ -58,7 +58,7 @@ def linear_layers(model, places, update) -> list:
         found.append(owner)
     return list(dict.fromkeys(found))
 
-
+# %% ../../nbs/training/updates.ipynb #ed12ee2d
 def some_columns(model, places, number, seed) -> dict:
     """Masks of whole columns of the matrices of these places, drawn from a seed, of
     at most so many numbers; ValueError where no column fits, or all do.
@@ -102,7 +102,7 @@ def peft_settings(model, layers, kind, number):
     inner = [n for n in layers if n in inner]
     return IA3Config(target_modules=layers, feedforward_modules=inner)
 
-
+# %% ../../nbs/training/updates.ipynb #412929f7
 def with_adapters(model, places, kind, number) -> dict:
     """Put adapters on the linear layers of these places; returns what trains of
     them: full names -> None or a mask.
