@@ -446,7 +446,8 @@ def advise(
     candidates, and the head, are trained for a quarter of the steps, at two rates,
     and validation puts them in order; labels: False for pictures without classes
     (a folder in any depth), which give no rates. Raises ValueError for a budget
-    that is none or too small, and what `vp.criteria` raises. The model is left alone.
+    that is none or too small, and what `vp.criteria` raises. The model is left
+    alone.
     """
     read_budget(budget)
     if attempts:

@@ -157,7 +157,7 @@ def lora_targets(model, selection) -> tuple:
 
 # %% ../../nbs/choosing/export.ipynb #516c82b6
 def rank_pattern(model, selection, r, targets) -> dict:
-    "The rank of each target; ValueError where it has none, or two, or is no target."
+    "The rank of each target; ValueError where it has none or two, or is no target."
     ranks = dict(r) if isinstance(r, Mapping) else {selection: r}
     pattern = {}
     for part, rank in ranks.items():
@@ -187,7 +187,7 @@ def adapted_by(model, config) -> set:
 
 # %% ../../nbs/choosing/export.ipynb #911d490a
 def lora_ranks(pattern, alpha=None) -> dict:
-    """Ranks and alphas as a LoraConfig has them: the largest rank, and what differs.
+    """Ranks and alphas of a LoraConfig: those of the largest, and what differs.
 
     pattern: ranks by target; alpha: of the largest rank, twice that for None.
     """
