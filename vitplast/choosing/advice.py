@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['OF_KINDS', 'OF_PLACES', 'PLANNED', 'STANDING', 'WITHOUT_LABELS', 'HEAD_PICTURES', 'LOOKED_AT', 'FEWER', 'HEAVY',
-           'read_advice', 'expected', 'Advice', 'display_advice', 'answer_of', 'advice_text', 'doubts_of',
-           'unlabelled_pictures', 'assembled', 'advise_without_labels', 'pictures_of', 'with_few', 'advise', 'tried']
+           'read_advice', 'expected', 'Choice', 'Pasted', 'Advice', 'display_advice', 'answer_of', 'advice_text',
+           'doubts_of', 'unlabelled_pictures', 'assembled', 'advise_without_labels', 'pictures_of', 'with_few',
+           'advise_by_gradients', 'advise', 'trials', 'tried']
 
 # %% ../../nbs/choosing/advice.ipynb #55a0b3fa
 import copy
@@ -31,6 +32,8 @@ from ..files import check_count, check_name, version
 from ..models import anatomy, prepare, unwrapped
 from ..theory import first_step
 from ..training import FinetuneConfig, finetune, new_head
+
+# %% ../../nbs/choosing/advice.ipynb #e7a51b63
 from .budget import place_sizes
 from vitplast.choosing.candidates import (
     WHOLE,
@@ -116,10 +119,8 @@ def expected(selection) -> str:
 
 # %% ../../nbs/choosing/advice.ipynb #1ec11c7c
 @dataclass(eq=False)
-class Advice:
-    """Which part of a network to train on a task, at which rate; what `advise`
-    gives.
-    """
+class Choice:
+    "What was found, the best first: the fields of an Advice."
 
     model: nn.Module = field(repr=False)
     task: "Task | None" = field(repr=False)  # None without labels
@@ -152,6 +153,10 @@ class Advice:
     def rates(self) -> dict:
         "The rate by selection, as other functions take it."
         return {self.selection: self.lr}
+
+# %% ../../nbs/choosing/advice.ipynb #8ce18ef2
+class Pasted(Choice):
+    "A choice as other programs take it."
 
     def param_names(self) -> list:
         "Full names of the parameters to train, without the head's."
@@ -189,6 +194,12 @@ class Advice:
             **{name: getattr(config, name) for name in PLANNED},
         }
         return yaml.safe_dump(said, sort_keys=False)
+
+# %% ../../nbs/choosing/advice.ipynb #df5e8674
+class Advice(Pasted):
+    """Which part of a network to train on a task, at which rate; what `advise`
+    gives.
+    """
 
     def finetune(self, progress=False, **changes):
         "Train it; changes: settings of the recipe, as steps=1000. Returns a Run."
@@ -231,7 +242,7 @@ def answer_of(advice) -> str:
     rate, optimizer = f"{advice.lr:.2g}", advice.config.optimizer
     return f"Train {advice.selection} at {rate} ({optimizer})."
 
-
+# %% ../../nbs/choosing/advice.ipynb #fa4a0017
 def advice_text(advice) -> str:
     "The table and the doubts of an Advice, as text."
     n = advice.config.batch_size
@@ -347,7 +358,7 @@ def assembled(model, of_kinds, of_places, budget, seen, labels, config) -> tuple
     )
     return affordable(table, most, size) if most else table, places
 
-
+# %% ../../nbs/choosing/advice.ipynb #45c51a6a
 def advise_without_labels(model, given, budget, config, images, seed) -> Advice:
     "Advice from pictures alone: no rates."
     new, old, name = unlabelled_pictures(model, given, images, seed)
@@ -385,44 +396,11 @@ def with_few(task, count, seed) -> Task:
     train = Split(task.still(rows), task.train.labels[rows])
     return replace(task, train=train, augment=None)
 
-
-def advise(
-    model,
-    task,
-    budget=None,
-    config=FinetuneConfig(steps=240, eval_every=30, bf16="auto"),
-    images=None,
-    attempts=0,
-    seed=0,
-    progress=False,
-    labels=True,
+# %% ../../nbs/choosing/advice.ipynb #c2175fa0
+def advise_by_gradients(
+    model, task, budget, config, images, seed, progress
 ) -> Advice:
-    """Which part of a model to train on a task, and at which rate.
-
-    task: what vp.task gives, or its name; budget: the largest share of the
-    parameters that may train, or bytes of optimizer and activations, as "200MB";
-    None or "best" for whatever is best; config: the recipe that the rates are for;
-    images: training pictures that are looked at (64; 16 where a picture takes more
-    than 5 billion multiplications, as with a ViT-B at 224 pixels), beside a head
-    that is trained alone for 60 steps on at most 256, not augmented; attempts: so
-    many of the first candidates, and the head, are trained for a quarter of the
-    steps, at the suggested rate and a third of it, and validation puts them in
-    order; labels: False for pictures without classes (a folder in any depth), which
-    give no rates. The model is left alone. Raises
-    ValueError for a budget that is none or too small, and what `vp.criteria`
-    raises.
-    """
-    read_budget(budget)
-    if attempts:
-        check_count("attempts", attempts)
-    model, config = unwrapped(model), FinetuneConfig.of(config)
-    check_update(config)
-    images = pictures_of(model) if images is None else images
-    if not labels:
-        if attempts:
-            raise ValueError(f"attempts={attempts} without labels: expected labels")
-        check_count("images", images)
-        return advise_without_labels(model, task, budget, config, images, seed)
+    "Advice from pictures with labels, before anything is tried."
     task = task_for(model, task)
     check_one_label(task, "advice")
     with tqdm(total=4, desc="advice", disable=not progress) as bar:
@@ -444,13 +422,52 @@ def advise(
     counts = len(sample.images), task.n_classes
     about = config.optimizer, len(task.train)
     doubts = doubts_of(table, budget, *counts, *about)
-    advice = Advice(model, task, task.name, config, table, places, doubts)
-    return tried(advice, attempts, progress) if attempts else advice
+    return Advice(model, task, task.name, config, table, places, doubts)
+
+# %% ../../nbs/choosing/advice.ipynb #5bbcfd0e
+def advise(
+    model,
+    task,
+    budget=None,
+    config=FinetuneConfig(steps=240, eval_every=30, bf16="auto"),
+    images=None,
+    attempts=0,
+    seed=0,
+    progress=False,
+    labels=True,
+) -> Advice:
+    """Which part of a model to train on a task, and at which rate.
+
+    task: what vp.task gives, or its name; budget: the largest share of the
+    parameters that may train, or bytes of optimizer and activations, as "200MB";
+    None or "best" for no limit; config: the recipe that the rates are for; images:
+    how many training pictures are looked at (64; 16 above 5 billion multiplications
+    each), beside a head trained for 60 steps on at most 256; attempts: so many
+    candidates, and the head, are trained for a quarter of the steps, at two rates,
+    and validation puts them in order; labels: False for pictures without classes
+    (a folder in any depth), which give no rates. Raises ValueError for a budget
+    that is none or too small, and what `vp.criteria` raises. The model is left
+    alone.
+    """
+    read_budget(budget)
+    if attempts:
+        check_count("attempts", attempts)
+    model, config = unwrapped(model), FinetuneConfig.of(config)
+    check_update(config)
+    images = pictures_of(model) if images is None else images
+    given = budget, config, images, seed
+    if labels:
+        advice = advise_by_gradients(model, task, *given, progress)
+        return tried(advice, attempts, progress) if attempts else advice
+    if attempts:
+        raise ValueError(f"attempts={attempts} without labels: expected labels")
+    check_count("images", images)
+    return advise_without_labels(model, task, *given)
 
 # %% ../../nbs/choosing/advice.ipynb #10d404cb
-def tried(advice, attempts, progress=False) -> Advice:
-    """The advice after short runs of its first candidates, and of the head, each at
-    the suggested rate and a third of it: in the order of validation accuracy.
+def trials(advice, attempts, progress=False) -> pd.DataFrame:
+    """Short runs of the first candidates, and of the head, each at the suggested
+    rate and a third of it: selection, lr, validation_accuracy.
     """
     config, rows = advice.config, []
     short = replace(
@@ -470,7 +487,14 @@ def tried(advice, attempts, progress=False) -> Advice:
     for selection, lr in tqdm(asked, "short runs", disable=not progress):
         run = finetune(advice.model, small, selection, replace(short, lr=lr))
         rows.append((selection, lr, run.validation_accuracy))
-    seen = pd.DataFrame(rows, columns=["selection", "lr", "validation_accuracy"])
+    return pd.DataFrame(rows, columns=["selection", "lr", "validation_accuracy"])
+
+# %% ../../nbs/choosing/advice.ipynb #8aff906e
+def tried(advice, attempts, progress=False) -> Advice:
+    """The advice after short runs of its first candidates, and of the head, in the
+    order of validation accuracy, with the better rate of each.
+    """
+    table, seen = advice.table, trials(advice, attempts, progress)
     best = seen.sort_values("validation_accuracy", kind="stable")
     best = best.drop_duplicates("selection", keep="last").set_index("selection")
     table = table.assign(

@@ -45,7 +45,7 @@ def read_budget(budget) -> tuple:
         )
     return share, None
 
-
+# %% ../../nbs/choosing/candidates.ipynb #c2012552
 def candidates(model, of_kinds, of_places, budget, late=False) -> list:
     """Selections to choose from, in their order: kinds that fit into a share of the
     parameters, by one criterion (a number per place), what another takes under it,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'check_rates', 'head_rate', 'trained_names', 'names_by_selection', 'gathered', 'as_regex',
-           'param_groups', 'lora_targets', 'peft_config', 'unfrozen_yaml', 'trainer_code']
+           'param_groups', 'lora_targets', 'rank_pattern', 'adapted_by', 'lora_ranks', 'peft_config', 'unfrozen_yaml',
+           'trainer_code']
 
 # %% ../../nbs/choosing/export.ipynb #cde4b39c
 import copy
@@ -42,7 +43,7 @@ def head_rate(rates, head_lr) -> float:
         raise ValueError(f"head_lr={head_lr!r} and a rate of 'head': expected one")
     return check_rates({"head_lr": head_lr})["head_lr"]
 
-
+# %% ../../nbs/choosing/export.ipynb #45720f7e
 def trained_names(model, selection) -> list:
     """Full names of what a selection trains, without a head that it does not name.
 
@@ -101,7 +102,7 @@ def gathered(names) -> list:
         patterns.append(re.escape(start) + middle + tail)
     return patterns
 
-
+# %% ../../nbs/choosing/export.ipynb #c30d16f5
 def as_regex(model, names) -> str:
     """A regular expression that matches (re.fullmatch) these names of a model's
     parameters, and no others.
@@ -154,22 +155,10 @@ def lora_targets(model, selection) -> tuple:
     linear = [n for n in owners if isinstance(modules[n], nn.Linear)]
     return linear, [n for n in owners if n not in linear]
 
-
-def peft_config(model, selection, r=8, **options):
-    """A peft.LoraConfig for a selection: its linear layers are targets, its norms
-    and the head are modules to save.
-
-    r: rank, one for all or by selection, {"MHA": 8, "FC1@-2:": 4}; options go to
-    LoraConfig (lora_alpha is 2r by default). Raises ValueError where a target would
-    not be matched, or where there is no peft.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ValueError("LoRA needs peft: pip install 'vitplast[peft]'") from None
-    model = unwrapped(model)
+# %% ../../nbs/choosing/export.ipynb #516c82b6
+def rank_pattern(model, selection, r, targets) -> dict:
+    "The rank of each target; ValueError where it has none or two, or is no target."
     ranks = dict(r) if isinstance(r, Mapping) else {selection: r}
-    targets, whole = lora_targets(model, selection)
     pattern = {}
     for part, rank in ranks.items():
         if type(rank) is not int or rank < 1:
@@ -182,6 +171,51 @@ def peft_config(model, selection, r=8, **options):
         raise ValueError(f"r names {stray[0]}, which is not in {selection!r}")
     if missing := [t for t in targets if t not in pattern]:
         raise ValueError(f"r: no rank for {missing[0]}")
+    return pattern
+
+# %% ../../nbs/choosing/export.ipynb #eabf756c
+def adapted_by(model, config) -> set:
+    "The layers of a model that peft would adapt, by a copy of both."
+    from peft import get_peft_model
+
+    built = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+    return {
+        n.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for n, _ in built.named_modules()
+        if n.endswith(".lora_A.default")
+    }
+
+# %% ../../nbs/choosing/export.ipynb #911d490a
+def lora_ranks(pattern, alpha=None) -> dict:
+    """Ranks and alphas of a LoraConfig: those of the largest, and what differs.
+
+    pattern: ranks by target; alpha: of the largest rank, twice that for None.
+    """
+    first = max(pattern.values())
+    each = 2.0 if alpha is None else alpha / first  # per rank
+    return {
+        "r": first,
+        "lora_alpha": each * first,
+        "rank_pattern": {n: k for n, k in pattern.items() if k != first},
+        "alpha_pattern": {n: each * k for n, k in pattern.items() if k != first},
+    }
+
+# %% ../../nbs/choosing/export.ipynb #5fe21a66
+def peft_config(model, selection, r=8, **options):
+    """A peft.LoraConfig for a selection: its linear layers are targets, its norms
+    and the head are modules to save.
+
+    r: rank, one for all or by selection, {"MHA": 8, "FC1@-2:": 4}; options go to
+    LoraConfig (lora_alpha is 2r by default). Raises ValueError where a target would
+    not be matched, or where there is no peft.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("LoRA needs peft: pip install 'vitplast[peft]'") from None
+    model = unwrapped(model)
+    targets, whole = lora_targets(model, selection)
+    pattern = rank_pattern(model, selection, r, targets)
     if not targets:
         raise ValueError(
             f"selection {selection!r} has no linear layers: LoRA has nothing to"
@@ -192,26 +226,15 @@ def peft_config(model, selection, r=8, **options):
         raise ValueError(
             "r says the ranks by selection: expected no patterns beside"
         )
-    first = max(pattern.values())
-    alpha = options.get("lora_alpha", 2 * first) / first  # per rank
-    settings = {
-        "r": first,
-        "lora_alpha": alpha * first,
+    settings = lora_ranks(pattern, options.get("lora_alpha")) | {
         "target_modules": targets,
-        "rank_pattern": {n: k for n, k in pattern.items() if k != first},
-        "alpha_pattern": {n: alpha * k for n, k in pattern.items() if k != first},
         "modules_to_save": [*whole, *sorted(head - set(whole))],
     }
     config = LoraConfig(**settings | options)
-    built = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
-    adapted = {
-        n.removeprefix("base_model.model.").removesuffix(".lora_A.default")
-        for n, _ in built.named_modules()
-        if n.endswith(".lora_A.default")
-    }
-    if adapted != set(targets):
-        wrong = sorted(adapted ^ set(targets))
-        raise ValueError(f"{wrong[0]}: peft would adapt another set of layers")
+    if wrong := adapted_by(model, config) ^ set(targets):
+        raise ValueError(
+            f"{sorted(wrong)[0]}: peft would adapt another set of layers"
+        )
     return config
 
 # %% ../../nbs/choosing/export.ipynb #3c3e1be3
@@ -227,7 +250,7 @@ def unfrozen_yaml(model, rates) -> str:
     lines = [f"  - ^{pattern}$" for pattern in gathered(names)]
     return "\n".join(["unfrozen_parameters:", *lines, ""])
 
-
+# %% ../../nbs/choosing/export.ipynb #d08dd7f2
 OPTIMIZERS = {"sgd": "SGD(groups, momentum=0.9)", "adamw": "AdamW(groups)"}
 
 

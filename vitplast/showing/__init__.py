@@ -16,7 +16,7 @@ __all__ = door(
     places="PlaceExplorer advice_html as_map place_maps",
     mistakes="mistaken_pairs mistakes predictions_html",
     study="REAL_STUDY Study StudyConfig study summary",
-    console="edges_text plan_text sweep_text",
+    console="edges_text plan_text study_json study_text sweep_text",
     scales="SCALES Scale Caption at_scale counted",
     report="FOOTNOTE difference_noise display_frame findings report_html text_table",
 )
