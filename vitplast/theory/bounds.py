@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_BOUND', 'Domain', 'measure', 'join', 'measure_domains', 'norm_row', 'linear_row', 'attention_row',
-           'bound_row', 'check_positive', 'check_tokens', 'check_radius', 'check_domain', 'same_as', 'bounds']
+           'bound_row', 'check_positive', 'check_tokens', 'check_radius', 'check_domain', 'same_as', 'as_kinds',
+           'find_domains', 'bound_rows', 'bounds']
 
 # %% ../../nbs/theory/bounds.ipynb #f426623c
 import math
@@ -274,54 +275,28 @@ def same_as(w, domain, kind) -> str:
     return "published" if isinstance(w, Linear) and not held else "sharp"
 
 # %% ../../nbs/theory/bounds.ipynb #756e9c85
-def bounds(
-    model,
-    x=None,
-    radius=None,
-    sigma=None,
-    inputs="embedding",
-    kind="sharp",
-    batch_size=64,
-    progress=False,
-) -> pd.DataFrame:
-    """Upper bounds on the Lipschitz constant, and so on the plasticity, of every
-    component.
+def as_kinds(kind) -> tuple:
+    "A kind or several of them, each once."
+    several = isinstance(kind, (tuple, list)) and kind
+    return tuple(dict.fromkeys(kind)) if several else (kind,)
 
-    x: normalised images (N, C, H, W) or an iterable of batches; the domains are
-    measured from the tokens that enter each component, so pass all images that
-    plasticity is measured on. inputs: "embedding" (the paper's) or "native".
-    radius: largest token norm at every attention (the hull is that of the images
-    all the same); sigma: smallest spread at every norm (without images sqrt(eps)).
-    kind: "published", "sharp" or "hull" (needs images), or a tuple of them,
-    measured in one pass. batch_size: also the number of images whose tokens get one
-    ball; balls of several batches are joined into a larger one (kind "sharp" only).
-    Returns a frame: block, depth, component, kind, inputs, bound, radius and
-    |centre| of the ball (attention), sigma (norms), n_tokens (attention), proven
-    (False where the weights do not meet the theorem's assumptions), domain (what
-    the bound holds on, in words), reason (why it is infinite or not proven). Raises
-    ValueError without images or radius, for a radius smaller or a sigma larger than
-    the tokens' own, for weights or tokens that are not finite and for unknown
-    names; TypeError for models and images that are not covered. Source: Odonnat et
-    al. 2026 and Castin et al. 2024 (published); Theorems 6 to 20 of the book.
+
+def find_domains(model, parts, x, inputs, kinds, batch_size, progress) -> tuple:
+    """The `Domain` of every component, None without images, and the number of
+    tokens.
     """
-    kinds = (
-        tuple(dict.fromkeys(kind))
-        if isinstance(kind, (tuple, list)) and kind
-        else (kind,)
-    )
-    check_domain(x, radius, sigma, inputs, kinds)
-    parts = anatomy(model)
-    check_weights(parts)
-    if x is None:
-        first = next(model.parameters())
-        with evaluating(model):
-            n_tokens = parts.embed(parts.blank(first)).shape[1]
-        domains = [None] * len(parts.components)
-    else:
+    if x is not None:
         domains = measure_domains(
             model, parts, x, inputs, kinds, batch_size, progress
         )
-        n_tokens = domains[0].n_tokens
+        return domains, domains[0].n_tokens
+    with evaluating(model):
+        n_tokens = parts.embed(parts.blank(next(model.parameters()))).shape[1]
+    return [None] * len(parts.components), n_tokens
+
+# %% ../../nbs/theory/bounds.ipynb #511c1792
+def bound_rows(parts, domains, kinds, radius, sigma, inputs, n_tokens) -> list:
+    "The rows of `bounds`."
     rows, found = [], {}
     for k in kinds:
         for c, domain in zip(parts.components, domains):
@@ -340,4 +315,42 @@ def bounds(
                     **found[c.name, used],
                 }
             )
+    return rows
+
+# %% ../../nbs/theory/bounds.ipynb #d8cbaf3f
+def bounds(
+    model,
+    x=None,
+    radius=None,
+    sigma=None,
+    inputs="embedding",
+    kind="sharp",
+    batch_size=64,
+    progress=False,
+) -> pd.DataFrame:
+    """Upper bounds on the Lipschitz constant, so on the plasticity, of components.
+
+    x: normalised images (N, C, H, W) or batches of them; domains are measured from
+    the tokens that enter each component, so pass all that plasticity is measured
+    on. inputs: "embedding" (the paper's) or "native". radius: largest token norm at
+    every attention (the hull is that of the images all the same); sigma: smallest
+    spread at every norm (without images sqrt(eps)). kind: "published", "sharp" or
+    "hull" (needs images), or a tuple, measured in one pass. batch_size: also the
+    number of images that get one ball; those of several batches are joined into a
+    larger one (kind "sharp" only). Returns a frame: block, depth, component, kind,
+    inputs, bound, radius and |centre| of the ball (attention), sigma (norms),
+    n_tokens (attention), proven (False where weights do not meet the theorem's
+    assumptions), domain (in words), reason (why infinite or not proven). Raises
+    ValueError without images or radius, for a radius smaller or a sigma larger than
+    the tokens' own, weights or tokens that are not finite, and unknown names;
+    TypeError for models and images that are not covered. Source: Odonnat et al.
+    2026, Castin et al. 2024 (published); Theorems 6 to 20 of the book.
+    """
+    kinds = as_kinds(kind)
+    check_domain(x, radius, sigma, inputs, kinds)
+    parts = anatomy(model)
+    check_weights(parts)
+    found = find_domains(model, parts, x, inputs, kinds, batch_size, progress)
+    domains, n_tokens = found
+    rows = bound_rows(parts, domains, kinds, radius, sigma, inputs, n_tokens)
     return pd.DataFrame(rows).astype({"n_tokens": "Int64"})

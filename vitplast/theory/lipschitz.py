@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['norm_of', 'power_iteration', 'norm_step', 'hull_step', 'ball_step', 'ascend', 'in_double', 'worst_pair',
-           'lower_bounds', 'lipschitz']
+           'lower_bounds', 'check_search', 'entering_tokens', 'search', 'lipschitz']
 
 # %% ../../nbs/theory/lipschitz.ipynb #550e3b9f
 import math
@@ -186,6 +186,54 @@ def lower_bounds(component, x, radius, iterations, steps, seed) -> dict:
     }
 
 # %% ../../nbs/theory/lipschitz.ipynb #2ad34070
+def check_search(radius, iterations, steps):
+    "ValueError unless the radius is positive or None and the rest are counts."
+    check_positive("radius", radius)
+    for name, n in (("iterations", iterations), ("steps", steps)):
+        check_count(name, n)
+
+
+def entering_tokens(model, parts, x, inputs, batch_size) -> list:
+    "The tokens (N, n, d) that enter each component; ValueError without images."
+    received = [[] for _ in parts.components]
+    for images in image_batches(
+        parts, x, batch_size, next(model.parameters()), "x"
+    ):
+        visit(
+            parts,
+            images,
+            inputs,
+            lambda i, c, entering, _: received[i].append(entering),
+            outputs=False,
+        )
+    if not received[0]:
+        raise ValueError("x: no images, expected at least one")
+    return [torch.cat(tokens) for tokens in received]
+
+# %% ../../nbs/theory/lipschitz.ipynb #2e40311e
+def search(parts, received, inputs, radius, progress, **options) -> list:
+    "The rows of `lipschitz` from the tokens that enter each component."
+    for c, tokens in zip(parts.components, received):
+        check_tokens(c, tokens)
+        if isinstance(c.weights(), Attention):
+            check_radius(c, radius, tokens.double().norm(dim=-1).max().item())
+    rows = []
+    for c, tokens in tqdm(
+        list(zip(parts.components, received)),
+        desc=f"lower bounds, {inputs}",
+        unit="component",
+        disable=not progress,
+    ):
+        row = {
+            "block": c.block,
+            "depth": c.depth,
+            "component": c.kind,
+            "inputs": inputs,
+        }
+        rows.append(row | lower_bounds(c, tokens, radius, **options))
+    return rows
+
+# %% ../../nbs/theory/lipschitz.ipynb #976a5591
 def lipschitz(
     model,
     x,
@@ -197,62 +245,27 @@ def lipschitz(
     seed=0,
     progress=False,
 ) -> pd.DataFrame:
-    """Lower bounds on the Lipschitz constant of every component, in float64; a few
-    dozen images are enough.
+    """Lower bounds on the Lipschitz constant of every component, in float64.
 
-    x: normalised images (N, C, H, W) or an iterable of batches; the tokens that
-    enter each component are kept, so memory grows with the number of images.
-    inputs: "embedding" or "native". iterations: of power iteration, at most. seed:
-    of its start. Held against `bounds(model, x, kind="hull")`: spread at least the
-    tokens' own, coordinates that never vary held, attention around the convex hull
-    of the images (in all directions, so lower bounds on every neighbourhood of it);
-    with a radius, attention is searched among all tokens of at most this norm.
-    Returns a frame: block, depth, component, inputs, pair (worst pair of the
-    images), local (largest singular value of the Jacobian at an image, by power
-    iteration), residual (relative, of that image), adversarial (the same after
-    `steps` of ascent), lower (the largest), n_images. Raises ValueError without
-    images, for a radius smaller than the tokens' own, for weights or tokens that
-    are not finite, and for tokens without spread where eps = 0. Source: Theorems 21
-    and 22 of the book.
+    x: normalised images (N, C, H, W) or batches of them, a few dozen; the tokens
+    that enter each component are kept in memory. inputs: "embedding" or "native".
+    iterations: of power iteration, at most; seed: of its start. Held against
+    `bounds(model, x, kind="hull")`: spread at least the tokens' own, coordinates
+    that never vary held, attention around the convex hull of the images (in all
+    directions, so for every neighbourhood of it); with a radius, attention is
+    searched among all tokens of at most this norm. Returns a frame: block, depth,
+    component, inputs, pair (worst pair of the images), local (largest singular
+    value of the Jacobian at an image), residual (relative, of that image),
+    adversarial (local after `steps` of ascent), lower (the largest), n_images.
+    Raises ValueError without images, for a radius smaller than the tokens' own,
+    for weights or tokens that are not finite, and for tokens without spread where
+    eps = 0. Source: Theorems 21 and 22 of the book.
     """
-    check_positive("radius", radius)
-    for name, n in (("iterations", iterations), ("steps", steps)):
-        check_count(name, n)
+    check_search(radius, iterations, steps)
     parts = anatomy(model)
     check_weights(parts)
-    received = [[] for _ in parts.components]
-    rows = []
+    options = {"iterations": iterations, "steps": steps, "seed": seed}
     with evaluating(model), forward_mode():
-        for images in image_batches(
-            parts, x, batch_size, next(model.parameters()), "x"
-        ):
-            visit(
-                parts,
-                images,
-                inputs,
-                lambda i, c, entering, _: received[i].append(entering),
-                outputs=False,
-            )
-        if not received[0]:
-            raise ValueError("x: no images, expected at least one")
-        received = [torch.cat(tokens) for tokens in received]
-        for c, tokens in zip(parts.components, received):
-            check_tokens(c, tokens)
-            if isinstance(c.weights(), Attention):
-                check_radius(c, radius, tokens.double().norm(dim=-1).max().item())
-        for c, tokens in tqdm(
-            list(zip(parts.components, received)),
-            desc=f"lower bounds, {inputs}",
-            unit="component",
-            disable=not progress,
-        ):
-            row = {
-                "block": c.block,
-                "depth": c.depth,
-                "component": c.kind,
-                "inputs": inputs,
-            }
-            rows.append(
-                row | lower_bounds(c, tokens, radius, iterations, steps, seed)
-            )
+        received = entering_tokens(model, parts, x, inputs, batch_size)
+        rows = search(parts, received, inputs, radius, progress, **options)
     return pd.DataFrame(rows)
