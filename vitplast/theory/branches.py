@@ -47,7 +47,7 @@ def stream_points(parts, batches):
             batches = [first(block(tokens)) for tokens in batches]
         yield *seen, batches
 
-# %% ../../nbs/theory/branches.ipynb #a406f167
+# %% ../../nbs/theory/branches.ipynb #8dd75c6e
 def centred(tokens, centre) -> torch.Tensor:
     """Tokens (N, n, d) as rows (N, n d), with or without the mean of each token, in
     single precision at least.
@@ -57,7 +57,7 @@ def centred(tokens, centre) -> torch.Tensor:
         tokens = tokens - tokens.mean(-1, keepdim=True)
     return tokens.flatten(1)
 
-
+# %% ../../nbs/theory/branches.ipynb #03732499
 def as_measures(number, before, moved, behind, product) -> np.ndarray:
     """Plasticity, share and cosine (3, N) of the branch of a number, from the
     lengths of differences before it, of what it adds and behind it, and from the
@@ -78,7 +78,7 @@ def as_measures(number, before, moved, behind, product) -> np.ndarray:
     )
     return torch.where(found.isfinite() & (before > 0), found, torch.nan).numpy()
 
-
+# %% ../../nbs/theory/branches.ipynb #a406f167
 def branch_measures(parts, x, y, pairs) -> np.ndarray:
     """Measures (branches, 3, N) of pairs of tokens x, y (N, n, d) that enter the
     first block, in order; pairs="limit": y infinitely close to x.

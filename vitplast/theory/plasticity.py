@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FEW', 'IMAGES', 'PAIRS', 'MEASURING_VERSION', 'pair_distances', 'ends_at', 'as_ratios', 'fingerprints', 'pair_groups',
            'bootstrap_interval', 'rebatch', 'check_weights', 'check_precision', 'images_in', 'image_batches',
-           'on_device', 'component_ratios', 'in_pairs', 'embedded', 'all_component_ratios', 'all_pairs',
-           'check_arguments', 'plasticity', 'warn_few', 'paired_statistics', 'warn_zero', 'as_frame']
+           'on_device', 'component_ratios', 'in_pairs', 'embedded', 'all_component_ratios', 'all_pairs', 'warn_few',
+           'paired_statistics', 'warn_zero', 'as_frame', 'check_arguments', 'measure_in_order', 'statistics_in_order',
+           'statistics_of_all', 'plasticity']
 
 # %% ../../nbs/theory/plasticity.ipynb #c861b38d
 import warnings
@@ -259,7 +260,7 @@ def component_ratios(parts, inputs, pairs, fast, n_pairs, dtype):
 
     return measure
 
-
+# %% ../../nbs/theory/plasticity.ipynb #37132a05
 def in_pairs(parts, batches, measure) -> tuple:
     """What a measure says (..., N) of the i-th image of one stream against the i-th
     of the other, and the images' fingerprints (2, N).
@@ -325,137 +326,6 @@ def all_pairs(parts, streams, measure, batch_size, confidence, bar) -> list:
         for several in bar(measure(torch.cat([x, y]), len(x), batch_size))
     ]
 
-# %% ../../nbs/theory/plasticity.ipynb #895f30f1
-PAIRS = ("paired", "all", "limit")
-
-
-# of what plasticity, bounds and gradient bounds compute: raised by hand, held by a
-# golden test
-MEASURING_VERSION = 1
-
-
-def check_arguments(x, y, inputs, pairs, confidence, fast, of):
-    "ValueError for arguments of `plasticity` that do not fit together."
-    check_name("of", of, ("component", "branch"))
-    if of == "branch" and inputs != "native":
-        raise ValueError(
-            f'inputs={inputs!r}: a branch gets the stream, expected "native"'
-        )
-    if pairs not in PAIRS:
-        raise ValueError(f"pairs={pairs!r}: expected one of {PAIRS}")
-    if inputs not in INPUTS:
-        raise ValueError(f"inputs={inputs!r}: expected one of {INPUTS}")
-    if not 0 < confidence < 1:
-        raise ValueError(
-            f"confidence={confidence!r}: expected a number between 0 and 1"
-        )
-    if fast not in (None, False) and (
-        fast is not True or inputs != "embedding" or pairs != "paired"
-    ):
-        raise ValueError(
-            f"fast={fast!r}: expected None or False; True shares the work of"
-            ' inputs="embedding", pairs="paired"'
-        )
-    x, y = (
-        images_in(s, what) if isinstance(s, Mapping) else s
-        for s, what in ((x, "x"), (y, "y"))
-    )
-    both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
-    if both and pairs != "all" and len(x) != len(y):
-        raise ValueError(
-            f"x has {len(x)} images and y has {len(y)}: expected the same number,"
-            ' they are paired in order (pairs="all" takes any numbers)'
-        )
-
-# %% ../../nbs/theory/plasticity.ipynb #faa81f40
-def plasticity(
-    model,
-    x,
-    y,
-    inputs=None,
-    pairs="paired",
-    batch_size=64,
-    confidence=0.95,
-    fast=None,
-    device=None,
-    force=False,
-    progress=False,
-    of="component",
-) -> pd.DataFrame:
-    """Plasticity of every component, or every branch, over pairs of images, in
-    evaluation mode.
-
-    x, y: normalised images (N, C, H, W), or iterables of batches (token numbers (N,
-    n) for GPT-2). inputs: "embedding" (every component gets the first block's
-    input, as in the paper; the default) or "native" (what it receives in the
-    forward pass; always so for branches). pairs: "paired", the i-th of x against
-    the i-th of y (iterables end with the shorter one); "all", every image of x
-    against every image of y; "limit", pairs as in "paired" whose y has come
-    infinitely close to x. batch_size: images of each side at a time; memory does
-    not grow with their number, but for "all", where the tokens of all images are
-    kept (per image and layer, 3 matrices of tokens for "embedding", 15 for
-    "native"). fast: share the work of the embedding protocol; None where it is
-    less. device: where to compute, None where the model is. force: measure in half
-    precision, too. Returns a frame: block, depth, component, inputs, plasticity,
-    std_error, ci_low, ci_high, max_ratio, n_pairs, zero_pairs (pairs that coincide
-    at the component's input and have no ratio). of: "component", or "branch", from
-    the stream through a norm and back, with mean-free tokens: component is then
-    "attention" or "MLP", and the columns share (of the difference behind it) and
-    cosine (of what it adds and what was there). Intervals resample images ("all":
-    Theorem 28, or the jackknife where images return). Raises ValueError or
-    TypeError for images that do not fit the model, fewer than two, and tensors of
-    different length. Source: Odonnat et al. 2026; Theorems 27 to 30 of the book.
-    """
-    inputs = inputs or ("native" if of == "branch" else "embedding")
-    check_arguments(x, y, inputs, pairs, confidence, fast, of)
-    model = unwrapped(model)
-    with on_device(model, device), evaluating(model):
-        parts, like = anatomy(model), next(model.parameters())
-        check_weights(parts)
-        streams = [
-            image_batches(parts, s, batch_size, like, name, force)
-            for s, name in ((x, "x"), (y, "y"))
-        ]
-        bar = partial(tqdm, desc=f"plasticity, {inputs}", disable=not progress)
-        if pairs == "all":
-            measure = (
-                partial(all_branch_measures, parts)
-                if of == "branch"
-                else all_component_ratios(parts, inputs, like.dtype)
-            )
-            each = 2 if of == "branch" else len(KINDS)
-            bar = partial(bar, unit=of, total=each * len(parts.blocks))
-            rows = all_pairs(parts, streams, measure, batch_size, confidence, bar)
-            statistics = [pd.DataFrame(column) for column in zip(*rows)]
-        else:
-            n_pairs = min(
-                (len(s) for s in (x, y) if isinstance(s, torch.Tensor)),
-                default=np.inf,
-            )
-            measure = (
-                partial(branch_measures, parts, pairs=pairs)
-                if of == "branch"
-                else component_ratios(
-                    parts, inputs, pairs, fast, n_pairs, like.dtype
-                )
-            )
-            batches = bar(zip(*streams), unit="batch")
-            found, prints = in_pairs(parts, batches, measure)
-            groups = pair_groups(*prints)
-            warn_few(groups)
-            every = found[:, None] if of == "component" else found
-            statistics = [
-                paired_statistics(every[:, k].T, groups, confidence)
-                for k in range(every.shape[1])
-            ]
-    frame = (
-        branch_frame(parts, statistics)
-        if of == "branch"
-        else as_frame(parts.components, inputs, *statistics)
-    )
-    warn_zero(frame)
-    return frame
-
 # %% ../../nbs/theory/plasticity.ipynb #5f96f1f8
 def warn_few(groups):
     "A warning where too few groups of images say how exact a mean is."
@@ -510,3 +380,152 @@ def as_frame(components, inputs, statistics) -> pd.DataFrame:
         for c in components
     ]
     return pd.concat([pd.DataFrame(rows), statistics], axis=1)
+
+# %% ../../nbs/theory/plasticity.ipynb #bcfa86bc
+PAIRS = ("paired", "all", "limit")
+
+
+# of what plasticity, bounds and gradient bounds compute: raised by hand, held by a
+# golden test
+MEASURING_VERSION = 1
+
+# %% ../../nbs/theory/plasticity.ipynb #895f30f1
+def check_arguments(x, y, inputs, pairs, confidence, fast, of):
+    "ValueError for arguments of `plasticity` that do not fit together."
+    check_name("of", of, ("component", "branch"))
+    if of == "branch" and inputs != "native":
+        raise ValueError(
+            f'inputs={inputs!r}: a branch gets the stream, expected "native"'
+        )
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs={pairs!r}: expected one of {PAIRS}")
+    if inputs not in INPUTS:
+        raise ValueError(f"inputs={inputs!r}: expected one of {INPUTS}")
+    if not 0 < confidence < 1:
+        raise ValueError(
+            f"confidence={confidence!r}: expected a number between 0 and 1"
+        )
+    if fast not in (None, False) and (
+        fast is not True or inputs != "embedding" or pairs != "paired"
+    ):
+        raise ValueError(
+            f"fast={fast!r}: expected None or False; True shares the work of"
+            ' inputs="embedding", pairs="paired"'
+        )
+    x, y = (
+        images_in(s, what) if isinstance(s, Mapping) else s
+        for s, what in ((x, "x"), (y, "y"))
+    )
+    both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    if both and pairs != "all" and len(x) != len(y):
+        raise ValueError(
+            f"x has {len(x)} images and y has {len(y)}: expected the same number,"
+            ' they are paired in order (pairs="all" takes any numbers)'
+        )
+
+# %% ../../nbs/theory/plasticity.ipynb #c12adcb9
+def measure_in_order(parts, x, y, inputs, pairs, fast, dtype, of):
+    "What is measured on the tokens of a batch of pairs: components or branches."
+    if of == "branch":
+        return partial(branch_measures, parts, pairs=pairs)
+    n_pairs = min(
+        (len(s) for s in (x, y) if isinstance(s, torch.Tensor)), default=np.inf
+    )
+    return component_ratios(parts, inputs, pairs, fast, n_pairs, dtype)
+
+
+def statistics_in_order(parts, streams, measure, confidence, bar) -> list:
+    "Statistics of a measure on the i-th images of two streams: a list of frames."
+    found, prints = in_pairs(parts, bar(zip(*streams), unit="batch"), measure)
+    groups = pair_groups(*prints)
+    warn_few(groups)
+    every = found[:, None] if found.ndim == 2 else found
+    return [
+        paired_statistics(every[:, k].T, groups, confidence)
+        for k in range(every.shape[1])
+    ]
+
+
+def statistics_of_all(
+    parts, streams, inputs, batch_size, confidence, bar, dtype, of
+) -> list:
+    "The same on every image of one stream against every image of the other."
+    branches = of == "branch"
+    measure = (
+        partial(all_branch_measures, parts)
+        if branches
+        else all_component_ratios(parts, inputs, dtype)
+    )
+    each = 2 if branches else len(KINDS)
+    bar = partial(bar, unit=of, total=each * len(parts.blocks))
+    rows = all_pairs(parts, streams, measure, batch_size, confidence, bar)
+    return [pd.DataFrame(column) for column in zip(*rows)]
+
+# %% ../../nbs/theory/plasticity.ipynb #faa81f40
+def plasticity(
+    model,
+    x,
+    y,
+    inputs=None,
+    pairs="paired",
+    batch_size=64,
+    confidence=0.95,
+    fast=None,
+    device=None,
+    force=False,
+    progress=False,
+    of="component",
+) -> pd.DataFrame:
+    """Plasticity of every component, or every branch, over pairs of images, in
+    evaluation mode.
+
+    x, y: normalised images (N, C, H, W), or iterables of batches (token numbers (N,
+    n) for GPT-2). inputs: "embedding" (every component gets the first block's
+    input, as in the paper; the default) or "native" (what it receives in the
+    forward pass; always so for branches). pairs: "paired", the i-th of x against
+    the i-th of y (iterables end with the shorter one); "all", every image of x
+    against every image of y; "limit", pairs as in "paired" whose y has come
+    infinitely close to x. batch_size: images of each side at a time; memory does
+    not grow with their number, but for "all", where the tokens of all images are
+    kept (per image and layer, 3 matrices of tokens for "embedding", 15 for
+    "native"). fast: share the work of the embedding protocol; None where it is
+    less. device: where to compute, None where the model is. force: measure in half
+    precision, too. Returns a frame: block, depth, component, inputs, plasticity,
+    std_error, ci_low, ci_high, max_ratio, n_pairs, zero_pairs (pairs that coincide
+    at the component's input and have no ratio). of: "component", or "branch", from
+    the stream through a norm and back, with mean-free tokens: component is then
+    "attention" or "MLP", and the columns share (of the difference behind it) and
+    cosine (of what it adds and what was there). Intervals resample images ("all":
+    Theorem 28, or the jackknife where images return). Raises ValueError or
+    TypeError for images that do not fit the model, fewer than two, and tensors of
+    different length. Source: Odonnat et al. 2026; Theorems 27 to 30 of the book.
+    """
+    inputs = inputs or ("native" if of == "branch" else "embedding")
+    check_arguments(x, y, inputs, pairs, confidence, fast, of)
+    model = unwrapped(model)
+    with on_device(model, device), evaluating(model):
+        parts, like = anatomy(model), next(model.parameters())
+        check_weights(parts)
+        streams = [
+            image_batches(parts, s, batch_size, like, name, force)
+            for s, name in ((x, "x"), (y, "y"))
+        ]
+        bar = partial(tqdm, desc=f"plasticity, {inputs}", disable=not progress)
+        if pairs == "all":
+            statistics = statistics_of_all(
+                parts, streams, inputs, batch_size, confidence, bar, like.dtype, of
+            )
+        else:
+            measure = measure_in_order(
+                parts, x, y, inputs, pairs, fast, like.dtype, of
+            )
+            statistics = statistics_in_order(
+                parts, streams, measure, confidence, bar
+            )
+    frame = (
+        branch_frame(parts, statistics)
+        if of == "branch"
+        else as_frame(parts.components, inputs, *statistics)
+    )
+    warn_zero(frame)
+    return frame
