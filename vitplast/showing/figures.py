@@ -141,9 +141,11 @@ def end_labels(ax, ends, size=8):
 
 # %% ../../nbs/showing/figures.ipynb #52751fc0
 def log_y(ax):
-    "Make the upright axis logarithmic, with ticks at 1, 2 and 5."
+    "Make the upright axis of what is drawn logarithmic, with ticks at plain numbers."
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ax.get_ylim()
+    dense = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
+    ax.yaxis.set_major_locator(LogLocator(subs=dense))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
 
