@@ -233,7 +233,7 @@ def rank_places(names) -> list:
     """Where boxes stand on an axis of ranks: those that tie side by side around the
     rank that they share, and what has no rank after all others.
     """
-    places, last = [], max(THEORY_RANKS.values())
+    places, last = [], max(THEORY_RANKS.values()) + 0.5
     for name in names:
         rank = THEORY_RANKS.get(name)
         tied = [k for k in names if THEORY_RANKS.get(k) == rank]
