@@ -384,7 +384,6 @@ def as_frame(components, inputs, statistics) -> pd.DataFrame:
 # %% ../../nbs/theory/plasticity.ipynb #bcfa86bc
 PAIRS = ("paired", "all", "limit")
 
-
 # of what plasticity, bounds and gradient bounds compute: raised by hand, held by a
 # golden test
 MEASURING_VERSION = 1
@@ -428,9 +427,8 @@ def measure_in_order(parts, x, y, inputs, pairs, fast, dtype, of):
     "What is measured on the tokens of a batch of pairs: components or branches."
     if of == "branch":
         return partial(branch_measures, parts, pairs=pairs)
-    n_pairs = min(
-        (len(s) for s in (x, y) if isinstance(s, torch.Tensor)), default=np.inf
-    )
+    lengths = [len(s) for s in (x, y) if isinstance(s, torch.Tensor)]
+    n_pairs = min(lengths, default=np.inf)
     return component_ratios(parts, inputs, pairs, fast, n_pairs, dtype)
 
 
@@ -439,24 +437,17 @@ def statistics_in_order(parts, streams, measure, confidence, bar) -> list:
     found, prints = in_pairs(parts, bar(zip(*streams), unit="batch"), measure)
     groups = pair_groups(*prints)
     warn_few(groups)
-    every = found[:, None] if found.ndim == 2 else found
-    return [
-        paired_statistics(every[:, k].T, groups, confidence)
-        for k in range(every.shape[1])
-    ]
+    columns = (found[:, None] if found.ndim == 2 else found).swapaxes(0, 1)
+    return [paired_statistics(c.T, groups, confidence) for c in columns]
 
 
 def statistics_of_all(
     parts, streams, inputs, batch_size, confidence, bar, dtype, of
 ) -> list:
     "The same on every image of one stream against every image of the other."
-    branches = of == "branch"
-    measure = (
-        partial(all_branch_measures, parts)
-        if branches
-        else all_component_ratios(parts, inputs, dtype)
-    )
-    each = 2 if branches else len(KINDS)
+    measure, each = all_component_ratios(parts, inputs, dtype), len(KINDS)
+    if of == "branch":
+        measure, each = partial(all_branch_measures, parts), 2
     bar = partial(bar, unit=of, total=each * len(parts.blocks))
     rows = all_pairs(parts, streams, measure, batch_size, confidence, bar)
     return [pd.DataFrame(column) for column in zip(*rows)]
