@@ -34,6 +34,12 @@ EVERYDAY = {
     "grid",
     "bound",
     "store",
+    "matrices",
+    "norms",
+    "place",
+    "points",
+    "union",
+    "twin",
 }
 THEOREMS = re.compile(r"\bTheorems? \d+(?:(?:, | and | to | or )\d+\b)*")
 GLOSSARY = "start/words"
