@@ -141,7 +141,7 @@ def end_labels(ax, ends, size=8):
 
 # %% ../../nbs/showing/figures.ipynb #52751fc0
 def log_y(ax):
-    "Make the upright axis of what is drawn logarithmic, with ticks at plain numbers."
+    "Make the upright axis logarithmic when all is drawn, with plain numbers."
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     dense = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5)
