@@ -10,11 +10,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # two worke
 
 import pytest
 import torch
+from hypothesis import settings
 from timm.models.vision_transformer import VisionTransformer
 
 from vitplast.data import Split, Task
 
 torch.set_num_threads(1)
+settings.register_profile("shared", deadline=None)  # no test is about time, and machines are shared
+settings.load_profile("shared")
 WORST = {}  # component -> largest measured / bound that the tests of the theory have seen
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the tasks of the process that started them
     _cache = tempfile.TemporaryDirectory()  # removed at the end of the session
