@@ -248,7 +248,7 @@ def facts(name) -> list:
     if stores:
         said.append(f"draws from {', '.join(stores)}")
     if "at_scale(" in source and folder == "experiments":
-        said.append("hours at other scales: see its first table")
+        said.append("the first table has its hours at other scales")
     return said
 
 
@@ -303,6 +303,14 @@ def link_words(app, doctree, docname):
                 put(text, sorted(places, key=lambda p: p[0]))
 
 
+def name_answers(app, pagename, templatename, context, doctree):
+    "What folds an exercise's answer says so."
+    if "body" in context and pagename.startswith("theory/"):
+        context["body"] = re.sub(
+            r">(Show|Hide) code cell content<", r">\1 the answer<", context["body"]
+        )
+
+
 def stamp(app, pagename, templatename, context, doctree):
     "End a page with the version and the day of what it shows."
     if "body" in context:
@@ -332,5 +340,6 @@ def setup(app):
         app.connect("doctree-read", on_read, priority=600)
     app.connect("doctree-resolved", link_theorems)
     app.connect("doctree-resolved", link_words)
+    app.connect("html-page-context", name_answers)
     app.connect("html-page-context", stamp, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
