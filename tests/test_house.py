@@ -84,16 +84,21 @@ def test_both_tables_of_contents_list_the_same_pages():
     assert {str(p.relative_to(ROOT / "nbs").with_suffix("")) for p in NOTEBOOKS} <= set(chapters())
 
 
+def text_of(path) -> str:
+    "The markdown of a page."
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    return "\n".join("".join(c["source"]) for c in read(path)["cells"] if c["cell_type"] == "markdown")
+
+
 def test_links_between_pages_and_citations_resolve():
     for path in [*NOTEBOOKS, ROOT / "README.md", ROOT / "nbs/references.md"]:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".ipynb":
-            text = "\n".join("".join(c["source"]) for c in read(path)["cells"] if c["cell_type"] == "markdown")
+        text = text_of(path)
         for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
             file, _, anchor = target.partition("#")
             linked = path.parent / file
             assert linked.exists(), f"{path.name}: {target}"
-            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            headings = re.findall(r"^#+ (.+)$", text_of(linked), re.MULTILINE) if anchor else []
             assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}, f"{path.name}: {target}"
 
 
