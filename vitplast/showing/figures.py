@@ -213,7 +213,8 @@ def draw_depth(ax, rows, value="plasticity"):
             look |= {"alpha": 0.2, "linewidth": 0}
             ax.fill_between(x, own.ci_low, own.ci_high, **look)
     ax.set(title=f"{rows.inputs.iloc[0]} inputs", xlabel="depth (%)")
-    ax.set_ylim(0, None)
+    if ax.get_yscale() == "linear":  # a shared axis may be logarithmic already
+        ax.set_ylim(0, None)
 
 # %% ../../nbs/showing/figures.ipynb #1e724ca5
 def depth_lines(frame, value="plasticity", log=False):
