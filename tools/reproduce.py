@@ -72,7 +72,7 @@ def numbers(value, place=()) -> dict:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = {}
     for k, v in items:
-        if k not in ("seconds", "peak_memory", "together"):
+        if k not in ("seconds", "passes", "peak_memory", "together"):
             found |= numbers(v, (*place, k))
     return found
 
