@@ -40,7 +40,8 @@ def pages(nbs=NBS) -> list:
 def execute(path, keep=True) -> float:
     "Run one notebook in its own folder, print its seconds, and write it back, or beside the book, with its outputs."
     started, notebook = time.monotonic(), nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    limit = None if keep else 1800  # a sweep at full scale is one cell, and takes hours
+    NotebookClient(notebook, timeout=limit, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     if keep:
         scale = os.environ.get(SETTING) or "stored"
         out = path if scale == "stored" else ROOT / "_build" / scale / path.parent.name / path.name
@@ -55,6 +56,25 @@ def is_elsewhere(record) -> bool:
     "Whether a record is of pictures that are not installed everywhere, or of weights that do not ship."
     pictures = {*SUITES["real"], "openclipart/mask"} - {"digits_plain"}
     return any(isinstance(value, str) and value in pictures for value in record.values()) or record.get("pretraining") == "second"
+
+
+# run by IPython before each page
+WITHOUT = """
+import vitplast.data.dense, vitplast.data.real
+def refused(name="drawings", root=None):
+    raise FileNotFoundError(f"{name}: a page must run where these pictures are not installed, and found no stored record")
+def unless_plain(name, root=None, found=vitplast.data.real.find_real):
+    return found(name, root) if name == "digits_plain" else refused(name)
+vitplast.data.real.find_real, vitplast.data.dense.find_groups = unless_plain, refused
+"""
+
+
+def hide_pictures(folder):
+    "Pages find no pictures but those that every machine has, whatever is installed on this one."
+    start = Path(folder) / "profile_default/startup"
+    start.mkdir(parents=True)
+    (start / "without.py").write_text(WITHOUT)
+    os.environ["IPYTHONDIR"] = str(folder)
 
 
 def forget_one(folder) -> dict:
@@ -96,6 +116,7 @@ def smoke():
         nbs = Path(folder) / "nbs"
         shutil.copytree(NBS, nbs, ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints"))
         (Path(folder) / "vitplast").symlink_to(ROOT / "vitplast")
+        hide_pictures(Path(folder) / "ipython")
         stores = [f.parent for f in sorted(nbs.glob("results/*/runs.jsonl"))]
         forgotten = {store: forget_one(store) for store in stores}
         os.environ["OMP_NUM_THREADS"] = "1"

@@ -11,7 +11,7 @@ __all__ = door(
     judging=(
         "chance correlation gains kinds_of lost_by mean_interval partial_correlation regrets "
         "score_table scores short_runs standing stored_criteria stored_plasticity "
-        "together"
+        "stored_test_set together"
     ),
     budget="budgeted greedy place_sizes",
     advice="Advice advise answer_of display_advice read_advice",
