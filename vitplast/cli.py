@@ -14,6 +14,7 @@ __all__ = ['app', 'UNREADABLE', 'SUMMARY', 'FOLDER', 'REAL', 'FIRST', 'MEASURED'
 # %% ../nbs/cli.ipynb #663649cd
 import json
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,7 @@ app = typer.Typer(
 def main(
     version: bool = typer.Option(False, "--version", help="Print the version."),
 ):
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script", FutureWarning)
     if version:
         typer.echo(current_version())
         raise typer.Exit()
