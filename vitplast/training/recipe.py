@@ -145,7 +145,7 @@ def in_one_spelling(name, value):
 
 
 def checked(name, value):
-    "A setting in its one spelling; ValueError where it has no possible value."
+    "A setting in its one spelling; ValueError for a value that it cannot have."
     expected, ok = ALLOWED[name]
     if not ok(value):
         raise ValueError(f"{name}={value!r}: expected {expected}")
@@ -156,22 +156,22 @@ def checked(name, value):
 class FinetuneConfig:
     """How to train; a run depends on this, its task, model and components alone.
 
-    ValueError for a setting that is no possible value, with what is expected. What
-    is published is that of Odonnat et al. 2026.
+    ValueError for a setting that is no possible value, with what is expected.
+    Published values are those of Odonnat et al. 2026.
 
     lr: learning rate at the end of the warm-up; published: 0.001 to 0.06.
     steps: number of updates; published: 4,000 to 20,000.
     batch_size: pictures of one update; published: 512.
     optimizer: "sgd", as published, or "adamw", with 0.999 for its second beta.
-    momentum: of SGD, as published; the first beta of AdamW.
+    momentum: of SGD, 0.9 as published; the first beta of AdamW.
     weight_decay: of all that trains; 0 for none.
     warmup: share of the steps in which the rate rises; published: 2,000 steps.
-    clip: largest gradient norm, as published; None for any.
+    clip: largest gradient norm, 1.0 as published; None: no clipping.
     eval_every: steps between two readings of validation; published: 200 to 500.
     final_norm: True to train the norm after the last block too, as published.
     seed: of the head, the order and all that is drawn; published: 0, 42, 3407.
-    accumulate: pieces that a batch is computed in; the update is that of all.
-    bf16: True to autocast the forward passes; "auto": if that is faster here.
+    accumulate: pieces that a batch is computed in; its update stays the same.
+    bf16: True to autocast forward passes to bfloat16; "auto": if that is faster.
     log_every: steps that a row of the history averages over.
     watch: kinds whose gradient norms are recorded even where they are frozen.
     clip_head: "separate": the head has a norm of its own; published: "joint".
