@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'CLIP_HEAD', 'UPDATES', 'POSITIVE', 'COUNT', 'SHARE', 'TRUTH', 'ALLOWED', 'NEUTRAL', 'RATIOS',
-           'is_number', 'is_whole', 'read_update', 'is_update', 'in_one_spelling', 'Published', 'Settings',
-           'FinetuneConfig', 'warmup_cosine', 'check_batch', 'image_order', 'weights_of', 'with_shots',
-           'make_optimizer', 'pieces', 'precision']
+           'is_number', 'is_whole', 'read_update', 'is_update', 'in_one_spelling', 'checked', 'FinetuneConfig',
+           'warmup_cosine', 'check_batch', 'image_order', 'weights_of', 'with_shots', 'make_optimizer', 'pieces',
+           'precision']
 
 # %% ../../nbs/training/recipe.ipynb #de4f4d8e
 import math
@@ -143,72 +143,80 @@ def in_one_spelling(name, value):
         return float(value)
     return int(value) if name not in RATIOS and is_whole(value) else value
 
-# %% ../../nbs/training/recipe.ipynb #9e4068b9
-@dataclass(frozen=True)
-class Published:
-    "The settings of the published recipe, and what they are where nothing is said."
 
-    lr: float = 0.01  # at the end of the warm-up
+def checked(name, value):
+    "A setting in its one spelling; ValueError for a value that it cannot have."
+    expected, ok = ALLOWED[name]
+    if not ok(value):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+    return in_one_spelling(name, value)
+
+# %% ../../nbs/training/recipe.ipynb #f361fc43
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How to train; a run depends on this, its task, model and components alone.
+
+    ValueError for a setting that is no possible value, with what is expected.
+    Published values are those of Odonnat et al. 2026.
+
+    lr: learning rate at the end of the warm-up; published: 0.001 to 0.06.
+    steps: number of updates; published: 4,000 to 20,000.
+    batch_size: pictures of one update; published: 512.
+    optimizer: "sgd", as published, or "adamw", with 0.999 for its second beta.
+    momentum: of SGD, 0.9 as published; the first beta of AdamW.
+    weight_decay: of all that trains; 0 for none.
+    warmup: share of the steps in which the rate rises; published: 2,000 steps.
+    clip: largest gradient norm, 1.0 as published; None: no clipping.
+    eval_every: steps between two readings of validation; published: 200 to 500.
+    final_norm: True to train the norm after the last block too, as published.
+    seed: of the head, the order and all that is drawn; published: 0, 42, 3407.
+    accumulate: pieces that a batch is computed in; its update stays the same.
+    bf16: True to autocast forward passes to bfloat16; "auto": if that is faster.
+    log_every: steps that a row of the history averages over.
+    watch: kinds whose gradient norms are recorded even where they are frozen.
+    clip_head: "separate": the head has a norm of its own; published: "joint".
+    head_lr: lr of the head; None: as lr; 0: fitted on frozen features, and fixed.
+    patience: end after so many readings in a row that are no better; None: never.
+    class_weights: True: a picture of a rare class counts more, one on average.
+    update: what a selection trains through, as "lora:4"; None: all of it.
+    also: other tasks, by name, that the trained network is read on at the end.
+    shots: training pictures of each class, drawn from the seed; None: all.
+    """
+
+    lr: float = 0.01
     steps: int = 300
     batch_size: int = 32
-    optimizer: str = "sgd"  # or "adamw", with 0.999 for its second beta
-    momentum: float = 0.9  # the first beta of AdamW
+    optimizer: str = "sgd"
+    momentum: float = 0.9
     weight_decay: float = 0.0
-    warmup: float = 0.1  # share of the steps
-    clip: "float | None" = 1.0  # largest gradient norm; None for any
-    eval_every: int = 50  # steps between two readings of the validation split
-    # also train the norm after the last block, as the published code does
+    warmup: float = 0.1
+    clip: "float | None" = 1.0
+    eval_every: int = 50
     final_norm: bool = False
-    seed: int = 0  # of the head's first weights and of the order of the images
-    # pieces that a batch is computed in; the update is that of the whole batch
+    seed: int = 0
     accumulate: int = 1
-    # autocast the forward passes; "auto": if three steps are faster that way here
     bf16: "bool | str" = False
-    log_every: int = 1  # steps that a row of the history averages over
-    # kinds whose gradient norms are recorded even where they are frozen
+    log_every: int = 1
     watch: tuple = ()
-
-# %% ../../nbs/training/recipe.ipynb #4f529636
-@dataclass(frozen=True)
-class Settings(Published):
-    "Those that came later, and the check of all of them."
-
-    # the head is clipped on its own, or together with the component
     clip_head: str = later("separate", before="joint")
-    # None: that of all else; 0: fitted on the frozen features, and fixed
     head_lr: "float | None" = later(None, before=None)
-    # stop after so many readings of validation in a row that are no better
     patience: "int | None" = later(None, before=None)
-    # a picture counts as much as its class is rare, one on average
     class_weights: bool = later(False, before=False)
-    # what a selection trains through: see training/updates; None for all of it
     update: "str | None" = later(None, before=None)
-    # other tasks that the trained network is read on at the end
     also: tuple = later((), before=())
-    # training pictures of each class, drawn from the seed; None for all
     shots: "int | None" = later(None, before=None)
 
     def __post_init__(self):
         for name in ("watch", "also"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for f in fields(self):
-            expected, ok = ALLOWED[f.name]
-            given = getattr(self, f.name)
-            if not ok(given):
-                raise ValueError(f"{f.name}={given!r}: expected {expected}")
-            object.__setattr__(self, f.name, in_one_spelling(f.name, given))
+            value = checked(f.name, getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"accumulate={self.accumulate}: expected at most"
                 f" batch_size={self.batch_size}"
             )
-
-# %% ../../nbs/training/recipe.ipynb #f361fc43
-class FinetuneConfig(Settings):
-    """How to train; a run depends on this, its task, model and components alone.
-
-    ValueError for a setting that is no possible value, with what is expected.
-    """
 
     @classmethod
     def of(cls, config) -> "FinetuneConfig":
