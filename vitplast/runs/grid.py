@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'ORDER', 'FURTHER', 'model_contents', 'last_names', 'task_contents', 'check_task',
-           'canonical_selection', 'canonical_size', 'as_names', 'NamedRun', 'RunConfig', 'as_entries', 'product_of',
+           'canonical_selection', 'canonical_size', 'as_names', 'RunConfig', 'as_entries', 'product_of',
            'grid_settings', 'Grid', 'next_rate', 'further_rate']
 
 # %% ../../nbs/runs/grid.ipynb #546d2379
@@ -145,10 +145,13 @@ def as_names(run) -> tuple:
     model = model if model in named_models() else str(model_source(model))
     return model, str(Path(name).resolve()) if suite_of(name) is None else name
 
-# %% ../../nbs/runs/grid.ipynb #e72a6c20
+# %% ../../nbs/runs/grid.ipynb #00c72449
 @dataclass(frozen=True)
-class NamedRun:
-    "What a run is made of, checked and in one spelling each."
+class RunConfig:
+    """One finetuning run, by names alone.
+
+    What it is made of is checked, and kept in one spelling each.
+    """
 
     model: str
     task: str
@@ -179,10 +182,6 @@ class NamedRun:
             f"{self.model}{at} {self.task} {self.components} {c.optimizer}"
             f" lr={c.lr:g} seed={c.seed}"
         )
-
-# %% ../../nbs/runs/grid.ipynb #00c72449
-class RunConfig(NamedRun):
-    "One finetuning run, by names alone."
 
     @classmethod
     def from_record(cls, record) -> "RunConfig":
