@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OF_KINDS', 'OF_PLACES', 'PLANNED', 'STANDING', 'WITHOUT_LABELS', 'HEAD_PICTURES', 'LOOKED_AT', 'FEWER', 'HEAVY',
-           'read_advice', 'expected', 'Choice', 'Pasted', 'Advice', 'display_advice', 'answer_of', 'advice_text',
-           'doubts_of', 'unlabelled_pictures', 'assembled', 'advise_without_labels', 'pictures_of', 'with_few',
+           'read_advice', 'expected', 'Advice', 'display_advice', 'answer_of', 'advice_text', 'doubts_of',
+           'unlabelled_pictures', 'assembled', 'advise_without_labels', 'pictures_of', 'with_few',
            'advise_by_gradients', 'advise', 'trials', 'tried']
 
 # %% ../../nbs/choosing/advice.ipynb #55a0b3fa
@@ -119,8 +119,10 @@ def expected(selection) -> str:
 
 # %% ../../nbs/choosing/advice.ipynb #1ec11c7c
 @dataclass(eq=False)
-class Choice:
-    "What was found, the best first: the fields of an Advice."
+class Advice:
+    """Which part of a network to train on a task, at which rate; what `advise`
+    gives.
+    """
 
     model: nn.Module = field(repr=False)
     task: "Task | None" = field(repr=False)  # None without labels
@@ -153,10 +155,6 @@ class Choice:
     def rates(self) -> dict:
         "The rate by selection, as other functions take it."
         return {self.selection: self.lr}
-
-# %% ../../nbs/choosing/advice.ipynb #8ce18ef2
-class Pasted(Choice):
-    "A choice as other programs take it."
 
     def param_names(self) -> list:
         "Full names of the parameters to train, without the head's."
@@ -194,12 +192,6 @@ class Pasted(Choice):
             **{name: getattr(config, name) for name in PLANNED},
         }
         return yaml.safe_dump(said, sort_keys=False)
-
-# %% ../../nbs/choosing/advice.ipynb #df5e8674
-class Advice(Pasted):
-    """Which part of a network to train on a task, at which rate; what `advise`
-    gives.
-    """
 
     def finetune(self, progress=False, **changes):
         "Train it; changes: settings of the recipe, as steps=1000. Returns a Run."
