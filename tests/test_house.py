@@ -208,7 +208,7 @@ def test_a_public_docstring_lists_every_parameter():
     page, unlisted = page_functions(), set()
     for name, thing in page["faces"].items():
         sections = page["sections"](thing.__doc__)
-        listed = [n for names, _ in page["entries"](sections.get("Args", sections.get("Attributes", ""))) for n in names]
+        listed = [n for line, *_ in page["entries"](sections.get("Args", sections.get("Attributes", ""))) for n in page["names_of"](line)]
         given = [str(p.replace(default=p.empty, annotation=p.empty)) for p in inspect.signature(thing).parameters.values()]
         if listed != given or "\n" in sections[""].split("\n\n")[0]:
             unlisted.add(name)
