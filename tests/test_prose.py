@@ -54,16 +54,18 @@ def test_a_headline_is_one_breath(file):
 
 
 def lines_of(source):
-    "Kind and lines of the functions and classes of a cell, and of what stands between them."
+    "Kind and name of the functions and classes of a cell, and how many lines are code, and docstring, of each."
     tree = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE))
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield type(node).__name__, node.name, node.end_lineno - node.lineno + 1
+            said = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+            yield type(node).__name__, node.name, node.end_lineno - node.lineno + 1 - said, said
 
 
 def test_what_is_long_is_counted(capsys):
     """Exported cells of more than 40 lines: a number that may only fall. A class stays in one cell, and may have
-    100 lines, where none of its methods has more than 30: a chain of classes that are one would be harder to read."""
+    100 lines, where none of its methods has more than 30: a chain of classes that are one would be harder to read.
+    Docstrings are not counted: what a user must know of a function takes as many lines as it has parameters."""
     long, classes = [], []
     for page in sorted((ROOT / "nbs").glob("*/*.ipynb")) + sorted((ROOT / "nbs").glob("*.ipynb")):
         for cell in json.loads(page.read_text())["cells"]:
@@ -71,13 +73,16 @@ def test_what_is_long_is_counted(capsys):
             if cell["cell_type"] != "code" or len(cell["source"]) <= 40 or "export" not in "".join(cell["source"][:2]):
                 continue
             found = list(lines_of(source))
-            one = [name for kind, name, _ in found if kind == "ClassDef"]
-            longest = max((n for kind, _, n in found if kind == "FunctionDef"), default=0)
-            fits = len(one) == 1 and longest <= 30 and len(cell["source"]) <= 100
-            (classes if fits else long).append((len(cell["source"]), page.stem))
+            n_lines = len(cell["source"]) - sum(said for *_, said in found)
+            if n_lines <= 40:
+                continue
+            one = [name for kind, name, *_ in found if kind == "ClassDef"]
+            longest = max((n for kind, _, n, _ in found if kind == "FunctionDef"), default=0)
+            fits = len(one) == 1 and longest <= 30 and n_lines <= 100
+            (classes if fits else long).append((n_lines, page.stem))
     with capsys.disabled():
         print(f" exported cells over 40 lines: {len(classes)} classes, {len(long)} others, longest {max(classes + long)}", end="")
-    assert len(long) <= 6
+    assert len(long) <= 3
 
 
 def breathless(cells) -> int:

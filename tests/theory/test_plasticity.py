@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vitplast as vp
-from vitplast.theory.plasticity import bootstrap_interval, fingerprints, pair_groups
+from vitplast.theory.pairs import bootstrap_interval, fingerprints, pair_groups
 
 COLUMNS = ["block", "depth", "component", "inputs", "plasticity", "std_error", "ci_low", "ci_high", "max_ratio", "n_pairs", "zero_pairs"]
 

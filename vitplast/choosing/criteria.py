@@ -93,15 +93,31 @@ def criteria(
 ) -> pd.DataFrame:
     """What each criterion says about every component of every block of a model.
 
-    task: what vp.task gives, or its name; which: criteria or families of them, all
-    by default; images: training pictures that are looked at, with a head that is
-    trained alone for 60 steps first; source: of the old pictures that plasticity
-    needs, formulas for the shipped models, else the task's own by default. Returns
-    a frame: block, depth, component, criterion, value (NaN where a criterion has
-    none for norms), labelled, forward_passes and seconds (of the whole family that
-    the criterion came with; a pass is one of these pictures). Raises what
-    `finetune` raises, and ValueError for an unknown criterion (with the nearest)
-    and for pictures that are all of one class.
+    A head is trained alone for 60 steps first.
+
+    Args:
+        model: the network
+        task: what vp.task gives, or its name
+        which: names of criteria, or of families of them; None: all
+        images: number of training pictures that are looked at
+        source: of the old pictures that plasticity needs; None: formulas for the
+            shipped models, else the task's own pictures
+        seed: of the pictures that are drawn, and of the head
+        progress: show bars
+
+    Returns:
+        A frame, one row for each criterion and each component of each block:
+            block, depth, component: the place
+            criterion: its name
+            value: what it says; NaN where it has none for norms
+            labelled: whether it sees labels
+            forward_passes, seconds: cost of the whole family that the criterion
+                came with; a pass is one of these pictures
+
+    Raises:
+        ValueError: for an unknown criterion, with the nearest
+        ValueError: for pictures that are all of one class
+        and what `finetune` raises
     """
     names = asked_for(which)
     model = unwrapped(model)

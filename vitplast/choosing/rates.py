@@ -79,15 +79,35 @@ def suggest_rates(
     images=128,
     progress=False,
 ) -> pd.DataFrame:
-    """A learning rate for each selection of a model on a task, without a grid;
-    settled for single components, and a poor guess for "all" and "head".
+    """A learning rate for each selection of a model on a task, without a grid.
 
-    task: what vp.task gives, or its name. config: the recipe that the rates are
-    for (optimizer, momentum, clip, clip_head, update); its own rate is not read.
-    images: training pictures that are looked at. Returns a frame: selection, lr,
-    and step_rate and gain (nats), those of the best first step. Costs 60 steps of
-    the head alone, and a few dozen forward passes of the pictures. Raises what
-    `finetune` raises. Source: Theorem 45 of the book.
+    The rates are settled for single components. For "all" and "head" they are a
+    poor guess. The cost is 60 steps of the head alone, and a few dozen forward
+    passes of the pictures.
+
+    Args:
+        model: the network
+        task: what vp.task gives, or its name
+        selections: what may train, as in `trainable`; by default each kind of
+            component in all blocks, "all" and "head"
+        config: the recipe that the rates are for: optimizer, momentum, clip,
+            clip_head, update. Its own rate is not read. Its seed draws the
+            pictures.
+        images: number of training pictures that are looked at
+        progress: show a bar
+
+    Returns:
+        A frame, one row for each selection:
+            selection: what trains
+            lr: the suggested learning rate
+            step_rate: the rate of the best first step
+            gain: the gain of the best first step, in nats
+
+    Raises:
+        ValueError: for an update whose rate no rule says (lora with sgd has one)
+        and what `finetune` raises
+
+    Source: Theorem 45 of the book.
     """
     model, config = unwrapped(model), FinetuneConfig.of(config)
     task = task_for(model, task)

@@ -117,16 +117,30 @@ def unknown(given):
 def task(given, /, size=None, **options) -> Task:
     """A task by name, or from pictures of your own.
 
-    given: one of a suite's names, or a folder of class folders (always, if it is a
-    pathlib.Path), or a table of files and labels (.csv), or a Dataset of torch or
-    of Hugging Face, or a dictionary of these by split; size: image side in pixels
-    (default 32 offline and dense, else 224), or length of sequences (128).
-    options, for images from files: workers,
-    skip_corrupt, progress; for your own augment, crop, max_pixels; for datasets
-    image and label, the names of columns, and name; for the published suite root,
-    download, stored. Raises ValueError for an unknown name, with the nearest known
-    one, and for pictures that are no task; FileNotFoundError that says how to get
-    the files of a published one.
+    Args:
+        given: which task
+            - a name of a suite's task
+            - a folder of class folders (always, if it is a pathlib.Path)
+            - a table of files and labels (.csv)
+            - a Dataset of torch or of Hugging Face
+            - a dictionary of these by split
+        size: side of the images in pixels, or length of sequences. None: 32 offline
+            and dense, 128 for sequences, else 224.
+        **options: how pictures are read
+            - workers, skip_corrupt, progress: for images from files
+            - augment, crop, max_pixels: for pictures of your own
+            - image, label, name: for datasets; the first two are names of columns
+            - root, download, stored: for the published suite
+
+    Returns:
+        The task, in three splits.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one
+        ValueError: for pictures that are no task
+        TypeError: for options that a task of this kind does not take
+        FileNotFoundError: for the missing files of a published task; it says how to
+            get them
     """
     of_program = is_dataset(given)
     if not of_program and not isinstance(given, (str, Path)):
@@ -149,7 +163,19 @@ def task(given, /, size=None, **options) -> Task:
 
 # %% ../../nbs/data/tasks.ipynb #e2a0106a
 def tasks(suite, size=None, **options) -> list:
-    "All tasks of a suite, a key of SUITES, in order; ValueError for another."
+    """All tasks of a suite, in order.
+
+    Args:
+        suite: a key of SUITES: "offline", "real", "dense", "text" or "paper"
+        size: as `task` takes it; None: the suite's own
+        **options: as `task` takes them
+
+    Returns:
+        A list of tasks.
+
+    Raises:
+        ValueError: for a suite that is none of these
+    """
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}: expected one of {list(SUITES)}")
     return [task(name, size, **options) for name in SUITES[suite]]

@@ -337,16 +337,32 @@ def found(name, timm_kwargs) -> nn.Module:
 def load(name, **timm_kwargs) -> nn.Module:
     """Load a pretrained Vision Transformer in evaluation mode.
 
-    name: a shipped model ("formula-vit"), "focus-vit-small", one that timm knows,
-    one of timm's with a file of weights ("vit_base_patch16_224@mine.safetensors"),
-    a safetensors file of this package, a repository on the hub
-    ("facebook/dinov2-small") or a folder saved from one; "formula-vit*LN1=8" is the
-    same function with other weights (see rescale). timm_kwargs go to
-    timm.create_model: `pretrained=False` for random weights, `checkpoint_path=...`
-    for a file, `num_classes`; models of transformers take `pretrained` and
-    `num_classes`, DINOv2 `img_size`. Raises ValueError for an unknown name (with
-    the nearest known ones) and for a damaged or foreign file, FileNotFoundError for
-    a missing file and for weights that cannot be fetched.
+    Args:
+        name: which network
+            - a shipped model ("formula-vit"), or "focus-vit-small"
+            - a name that timm knows
+            - one of timm's with a file of weights
+              ("vit_base_patch16_224@mine.safetensors")
+            - a safetensors file of this package
+            - a repository on the hub ("facebook/dinov2-small"), or a folder saved
+              from one
+            - "formula-vit*LN1=8": the function of "formula-vit" with other weights
+              (see rescale)
+        **timm_kwargs: options for timm.create_model
+            - `pretrained=False`: random weights
+            - `checkpoint_path=...`: weights from a file
+            - `num_classes`: size of the head
+            - models of transformers take `pretrained` and `num_classes`
+            - DINOv2 takes `img_size`
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known ones
+        ValueError: for a damaged or foreign file
+        FileNotFoundError: for a missing file
+        FileNotFoundError: for weights that cannot be fetched
     """
     model = found(name, dict(timm_kwargs))
     base, star, maps = str(name).partition("*")

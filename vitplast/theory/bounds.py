@@ -330,21 +330,43 @@ def bounds(
 ) -> pd.DataFrame:
     """Upper bounds on the Lipschitz constant, so on the plasticity, of components.
 
-    x: normalised images (N, C, H, W) or batches of them; domains are measured from
-    the tokens that enter each component, so pass all that plasticity is measured
-    on. inputs: "embedding" (the paper's) or "native". radius: largest token norm at
-    every attention (the hull is that of the images all the same); sigma: smallest
-    spread at every norm (without images sqrt(eps)). kind: "published", "sharp" or
-    "hull" (needs images), or a tuple, measured in one pass. batch_size: also the
-    number of images that get one ball; those of several batches are joined into a
-    larger one (kind "sharp" only). Returns a frame: block, depth, component, kind,
-    inputs, bound, radius and |centre| of the ball (attention), sigma (norms),
-    n_tokens (attention), proven (False where weights do not meet the theorem's
-    assumptions), domain (in words), reason (why infinite or not proven). Raises
-    ValueError without images or radius, for a radius smaller or a sigma larger than
-    the tokens' own, weights or tokens that are not finite, and unknown names;
-    TypeError for models and images that are not covered. Source: Odonnat et al.
-    2026, Castin et al. 2024 (published); Theorems 6 to 20 of the book.
+    Args:
+        model: the network
+        x: normalised images (N, C, H, W), or batches of them. Domains are measured
+            from the tokens that enter each component. So pass all that plasticity
+            is measured on. None: then a radius is needed.
+        radius: largest norm of a token at every attention; None: that of the
+            images' tokens. The hull is that of the images all the same.
+        sigma: smallest spread of a token at every norm; None: that of the images'
+            tokens, and without images sqrt(eps)
+        inputs: "embedding" (the paper's) or "native"
+        kind: "published", "sharp" or "hull" (needs images); or a tuple of them,
+            which are measured in one pass
+        batch_size: images at a time, and the number of images that get one ball.
+            The balls of several batches are joined into a larger one (kind "sharp"
+            only).
+        progress: show a bar
+
+    Returns:
+        A frame, one row for each kind and each component of each block:
+            block, depth, component: the place
+            kind, inputs: what was asked for
+            bound: the upper bound
+            radius, centre: of attention, the radius of the ball and |centre|
+            sigma: of norms, the smallest spread
+            n_tokens: of attention, the number of tokens
+            proven: False where weights do not meet the theorem's assumptions
+            domain: where the bound holds, in words
+            reason: why it is infinite or not proven
+
+    Raises:
+        ValueError: without images or radius
+        ValueError: for a radius smaller, or a sigma larger, than the tokens' own
+        ValueError: for weights or tokens that are not finite, and for unknown names
+        TypeError: for models and images that are not covered
+
+    Source: Odonnat et al. 2026, Castin et al. 2024 (published); Theorems 6 to 20 of
+        the book.
     """
     kinds = as_kinds(kind)
     check_domain(x, radius, sigma, inputs, kinds)

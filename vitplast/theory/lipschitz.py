@@ -247,19 +247,41 @@ def lipschitz(
 ) -> pd.DataFrame:
     """Lower bounds on the Lipschitz constant of every component, in float64.
 
-    x: normalised images (N, C, H, W) or batches of them, a few dozen; the tokens
-    that enter each component are kept in memory. inputs: "embedding" or "native".
-    iterations: of power iteration, at most; seed: of its start. Held against
-    `bounds(model, x, kind="hull")`: spread at least the tokens' own, coordinates
-    that never vary held, attention around the convex hull of the images (in all
-    directions, so for every neighbourhood of it); with a radius, attention is
-    searched among all tokens of at most this norm. Returns a frame: block, depth,
-    component, inputs, pair (worst pair of the images), local (largest singular
-    value of the Jacobian at an image), residual (relative, of that image),
-    adversarial (local after `steps` of ascent), lower (the largest), n_images.
-    Raises ValueError without images, for a radius smaller than the tokens' own,
-    for weights or tokens that are not finite, and for tokens without spread where
-    eps = 0. Source: Theorems 21 and 22 of the book.
+    They are held against `bounds(model, x, kind="hull")`. At norms, tokens have at
+    least the spread of the images' own. At linear layers, coordinates that never
+    vary are held. Attention is searched around the convex hull of the images: in
+    all directions, so for every neighbourhood of it.
+
+    Args:
+        model: the network
+        x: normalised images (N, C, H, W), or batches of them; a few dozen. The
+            tokens that enter each component are kept in memory.
+        inputs: "embedding" or "native"
+        radius: attention is searched among all tokens of at most this norm; None:
+            in the hull of the images
+        iterations: steps of power iteration, at most
+        steps: steps of ascent
+        batch_size: images at a time
+        seed: of the start of the power iteration
+        progress: show a bar
+
+    Returns:
+        A frame, one row for each component of each block:
+            block, depth, component, inputs: the place, and the protocol
+            pair: ratio of the worst pair of the images
+            local: largest singular value of the Jacobian at an image
+            residual: relative residual of the power iteration at that image
+            adversarial: the local value after the ascent
+            lower: the largest of these, the lower bound
+            n_images: the number of images
+
+    Raises:
+        ValueError: without images
+        ValueError: for a radius smaller than the tokens' own
+        ValueError: for weights or tokens that are not finite
+        ValueError: for tokens without spread where eps = 0
+
+    Source: Theorems 21 and 22 of the book.
     """
     check_search(radius, iterations, steps)
     parts = anatomy(model)

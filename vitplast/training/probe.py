@@ -36,8 +36,20 @@ def probe_features(model, batches):
 
 # %% ../../nbs/training/probe.ipynb #0d7c7c92
 def linear_probe(model, task: Task, split="test") -> float:
-    """Accuracy on a split of a logistic regression on the frozen features, fitted
-    on the training split.
+    """Accuracy of a logistic regression on the frozen features of a network.
+
+    The regression is fitted on the training split.
+
+    Args:
+        model: the network, which is left alone
+        task: what vp.task gives, or its name
+        split: where it is scored: "train", "validation" or "test"
+
+    Returns:
+        The share of the split's inputs whose class is right, from 0 to 1.
+
+    Raises:
+        ValueError: for a task with labels of pixels or of tokens
     """
     task = task_for(model, task)
     check_one_label(task, "a linear probe")

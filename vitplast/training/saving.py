@@ -305,10 +305,18 @@ def put_trained(model, note, tensors, folder):
 def load_run(folder, model=None) -> Run:
     """A run that `run.save` wrote, with its model ready to use.
 
-    model: the network that it began with, which is left alone; loaded by its name
-    where None. Raises ValueError for a network with other weights, and for files
-    that are damaged or do not fit each other; FileNotFoundError where there is no
-    run.
+    Args:
+        folder: where the run was saved
+        model: the network that it began with, which is left alone; None: loaded by
+            its name
+
+    Returns:
+        The run, its model in evaluation mode.
+
+    Raises:
+        ValueError: for a network with other weights
+        ValueError: for files that are damaged or do not fit each other
+        FileNotFoundError: where there is no run
     """
     note, tensors = read_note(folder), read_tensors(folder)
     given = base_of(note, folder) if model is None else unwrapped(model)
