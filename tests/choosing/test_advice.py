@@ -12,10 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vitplast as vp
 from vitplast.choosing import budgeted, place_sizes, read_advice, suggest_rates
-from vitplast.choosing.advice import (
-    OF_KINDS, OF_PLACES, doubts_of, pictures_of, with_few,
-)
+from vitplast.choosing.advice import OF_KINDS, OF_PLACES, doubts_of
 from vitplast.choosing.candidates import FREE, NORMS, WHOLE, costs
+from vitplast.choosing.sample import pictures_of, with_few
 from vitplast.data import Split
 from vitplast.models import Selection, prepare
 

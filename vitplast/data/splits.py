@@ -98,22 +98,30 @@ def check_task(task):
 class Task:
     """A classification task in three splits.
 
-    ValueError for a split that is empty, whose labels are none of the classes, or
-    that has other kinds of labels than the others; of dense tasks for a class that
-    no training pixel has, and for augmentation, which would not move the labels.
+    Args:
+        name: as records have it
+        classes: names, in the order of the labels
+        train, validation, test: a Split each
+        test_sources: test images that are independent of each other; fewer than
+            images where some are renderings of one
+        augment: what happens to training images on their way into a batch, as
+            RandomCrops
+        crop: share of the short side of a picture that the centre square keeps
+
+    Raises:
+        ValueError: for a split that is empty, whose labels are none of the classes,
+            or that has other kinds of labels than the others
+        ValueError: of dense tasks, for a class that no training pixel has, and for
+            augmentation, which would not move the labels
     """
 
     name: str
-    classes: tuple  # names, in the order of the labels
+    classes: tuple
     train: Split
     validation: Split
     test: Split
-    # test images that are independent of each other: fewer than images where some
-    # are renderings of one
     test_sources: int
-    # what happens to training images on their way into a batch: RandomCrops
     augment: "Callable | None" = None
-    # share of the short side of a picture that the centre square keeps
     crop: float = 1.0
 
     def __post_init__(self):

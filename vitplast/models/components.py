@@ -39,21 +39,29 @@ def first(output) -> torch.Tensor:
 # %% ../../nbs/models/components.ipynb #052127bb
 @dataclass(frozen=True, eq=False)
 class Component:
-    """One piece of one block: what it is, what it computes, and which parameters
-    are its own.
+    """One piece of one block: what it computes, and which parameters are its own.
+
+    Attributes:
+        block: its number, from 0
+        depth: block / (blocks - 1), in [0, 1]
+        kind: one of KINDS
+        name: of the module in the model, as "blocks.3.attn"
+        module: the module itself
+        width: of the tokens that it takes
+        weights: () -> Norm, Linear or Attention, views of the current parameters
+            where possible
+        parameters: its parameters, by their full names
+        arguments: tokens -> positional and keyword arguments of the module
     """
 
-    block: int  # from 0
-    depth: float  # block / (blocks - 1), in [0, 1]
-    kind: str  # one of KINDS
-    name: str  # of the module in the model, "blocks.3.attn"
+    block: int
+    depth: float
+    kind: str
+    name: str
     module: nn.Module
-    width: int  # of the tokens that it takes
-    # () -> Norm | Linear | Attention, views of the current parameters where
-    # possible
+    width: int
     weights: Callable
-    parameters: dict  # full name -> nn.Parameter
-    # tokens -> positional and keyword arguments of the module
+    parameters: dict
     arguments: Callable = only_tokens
 
     def __call__(self, tokens):
@@ -267,8 +275,14 @@ def anatomy(model) -> Anatomy:
 
 
 def components(model) -> list:
-    """The components of a model, block-major, each block in the order LN1, MHA,
-    LN2, FC1, FC2.
+    """The components of a model.
+
+    Args:
+        model: the network
+
+    Returns:
+        A list of Components, block-major, each block in the order LN1, MHA, LN2,
+        FC1, FC2.
     """
     return anatomy(model).components
 

@@ -271,8 +271,25 @@ def grid_settings(d, known) -> dict:
 # %% ../../nbs/runs/grid.ipynb #c3faba37
 @dataclass(frozen=True)
 class Grid:
-    """Every task with every selection, learning rate, seed, optimiser and model; a
-    run list that is checked when it is made.
+    """Every task with every selection, learning rate, seed, optimiser and model.
+
+    The list of its runs is checked when it is made.
+
+    Args:
+        tasks: names of tasks, or folders of pictures
+        models: what vp.load takes
+        selections: texts of the selection grammar, as "MHA" or "LN1+LN2"
+        lrs: learning rates
+        seeds: of the head, the order of the pictures and all that is drawn
+        optimizers: "sgd", "adamw"
+        config: what all runs share
+        normalisation: "own": mean and deviation of pictures are those of each
+            model's checkpoint; "published": those of ImageNet
+        size: side of the images in pixels; None: each model's own
+        extend: go on beyond the rates where the best one lies on their edge
+
+    Raises:
+        ValueError: for a name or a number that no run can have
     """
 
     tasks: tuple
@@ -281,12 +298,9 @@ class Grid:
     lrs: tuple = (0.01, 0.03, 0.1, 0.3)
     seeds: tuple = (0, 1, 2)
     optimizers: tuple = ("sgd",)
-    # what all runs share
     config: FinetuneConfig = field(default_factory=FinetuneConfig)
     normalisation: str = "own"
-    # side of the images in pixels; None: each model's own
     size: int | None = None
-    # go on beyond the rates where the best one lies on their edge
     extend: bool = False
 
     def __post_init__(self):

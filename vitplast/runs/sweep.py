@@ -126,8 +126,8 @@ class Sweep:
         self.bar.update()
 
     def extend(self, run):
-        """Add the next rate of a run's arm when that is finished, while the best one
-        lies on the edge.
+        """Add the next rate of a run's arm when that is finished, while the best
+        one lies on the edge.
         """
         arm = self.arm_of.get(run)
         while arm and all(mine in self.found for mine in self.arms[arm]):
@@ -298,17 +298,26 @@ def sweep(
     progress=True,
     extend=None,
 ) -> pd.DataFrame:
-    """Compute the runs of a grid that its store does not hold; returns the frame of
-    all its finished runs, in its order.
+    """Compute the runs of a grid that its store does not hold.
 
-    grid: a Grid or several; store: a Store or a folder; executor: one of EXECUTORS;
-    workers: calls at once, by default one per core (or GPU); compiled:
-    torch.compile, for long runs on a GPU. What the executor picked is in
-    .attrs["executor"]. extend: where the best rate of an arm lies on the edge of
-    those tried, go on in the grid's own ratio, at most four rates each way; None:
-    as the grid says. Column `edge`: whether the arm's best rate by validation still
-    lies there. A run that raises is noted in the store, a warning counts such runs
-    at the end, and the next sweep tries them again.
+    A run that raises is noted in the store, a warning counts such runs at the end,
+    and the next sweep tries them again.
+
+    Args:
+        grid: a Grid, or several
+        store: a Store, or a folder
+        executor: one of EXECUTORS; what "local" picked is in .attrs["executor"] of
+            the frame
+        workers: calls at once; None: one per core, or per GPU
+        compiled: use torch.compile, for long runs on a GPU
+        progress: show a bar
+        extend: where the best rate of an arm lies on the edge of those tried, go on
+            in the grid's own ratio, at most four rates each way; None: as the grid
+            says
+
+    Returns:
+        A frame of all its finished runs, in the order of the grid. Column `edge`:
+        whether the arm's best rate by validation still lies on the edge.
     """
     runs, choice = all_runs(grids := several(grid)), choose(executor, workers)
     store = Store(store)

@@ -113,34 +113,48 @@ UNRECORDED = "model history config classes crop replaced tested".split()
 
 @dataclass(eq=False)
 class Run:
-    """One finetuning: what was asked, what happened, and the model at its best
-    validation step.
+    """One finetuning: what was asked, what happened, and the model.
 
-    One that another program trained and a callback saved holds None for what
-    nobody measured, an empty history, and in `config` what that program said.
+    The model is that of the best validation step. A run that another program
+    trained and a callback saved holds None for what nobody measured, an empty
+    history, and in `config` what that program said.
+
+    Attributes:
+        task: its name
+        components: the canonical text of the selection
+        config: the FinetuneConfig
+        history: a frame, one row for each reading; columns: see `as_history`
+        best_step: the step that validation picked
+        validation_accuracy, test_accuracy: shares of labels that are right; of
+            pixels the mean intersection over union
+        diverged: whether a loss, of a batch or of validation, stopped being finite
+        n_trained: how many parameters trained
+        seconds: what the training took
+        bf16: whether forward passes were computed in bfloat16
+        model: the network at the best step
+        classes: their names, in the order of the outputs
+        crop: share of the short side of a picture that the centre square keeps
+        replaced: what trained, but for the head: name -> digest of what was there
+        tested: the test split
+        elsewhere: test accuracy on other tasks; see `read_elsewhere`
     """
 
     task: str
-    components: str  # the canonical text of the selection
+    components: str
     config: "FinetuneConfig | dict"
-    history: pd.DataFrame  # columns: see `as_history`
-    best_step: int  # that validation picked
-    # shares of labels that are right; mean intersection over union of pixels
+    history: pd.DataFrame
+    best_step: int
     validation_accuracy: float
     test_accuracy: float
     diverged: bool
-    n_trained: int  # parameters
+    n_trained: int
     seconds: float
-    bf16: bool  # whether it was computed so
+    bf16: bool
     model: nn.Module = field(repr=False)
-    # the names of the classes, in the order of the outputs
     classes: tuple = field(repr=False)
-    # share of the short side of a picture that the centre square keeps
     crop: float
-    # what trained, but for the head: name -> digest of what was there before
     replaced: dict = field(repr=False)
-    tested: "Split | None" = field(repr=False)  # the test split
-    # test accuracy on other tasks: see `read_elsewhere`
+    tested: "Split | None" = field(repr=False)
     elsewhere: dict = field(default_factory=dict, repr=False)
 
     def record(self) -> dict:
@@ -440,17 +454,28 @@ def finetune(
     unfinished=None,
     keep_unfinished=False,
 ) -> Run:
-    """Train a selection and a new head on a task.
+    """Train a selection and a new head on a task; the model itself is left alone.
 
-    task: what vp.task gives, or its name. selection: as in `trainable`; the model
-    itself is left alone. compiled: use torch.compile, which takes a minute to
-    begin with. unfinished: a file for the state of the training, from which the
-    same call goes on if it was stopped; removed at the end, or, with
-    keep_unfinished, left to the caller, who removes it once the run is saved.
-    Returns a Run: .history, .validation_accuracy, .test_accuracy, .model. Raises
-    ValueError where a selection cannot be read or trains nothing, or the images do
-    not fit the model.
-    Source of the recipe: Odonnat et al. 2026.
+    Args:
+        model: the network
+        task: what vp.task gives, or its name
+        selection: what trains, as in `trainable`
+        config: the recipe: a FinetuneConfig, or a mapping of its settings
+        progress: show a bar
+        compiled: use torch.compile, which takes a minute to begin with
+        unfinished: a file for the state of the training, from which the same call
+            goes on if it was stopped; it is removed at the end
+        keep_unfinished: leave this file to the caller, who removes it once the run
+            is saved
+
+    Returns:
+        A Run, with .history, .validation_accuracy, .test_accuracy and .model.
+
+    Raises:
+        ValueError: for a selection that cannot be read or trains nothing
+        ValueError: for images that do not fit the model
+
+    Source: the recipe of Odonnat et al. 2026.
     """
     model, config = unwrapped(model), FinetuneConfig.of(config)
     task = task_for(model, task)

@@ -55,12 +55,24 @@ def n_trained(chosen, masks) -> int:
 class trainable:
     """Train a selection (and the head) only: freezes all else at once.
 
-    As a context manager it restores the old state at the end. `names` says what it
-    matched, `chosen` holds those parameters by name, `masks` the trained part of
-    some. selection: text such as "MHA", "FC1@-2:" or "MHA.v", components of
-    vp.components(model), or several; head, final_norm: train those too; update,
-    seed: what the selection trains through, as in FinetuneConfig. Raises
-    ValueError for a selection that cannot be read or trains nothing.
+    As a context manager it restores the old state at the end.
+
+    Args:
+        model: the network
+        selection: text such as "MHA", "FC1@-2:" or "MHA.v", components of
+            vp.components(model), or several of these
+        head: train the head, too
+        final_norm: train the norm after the last block, too
+        update: what the selection trains through, as in FinetuneConfig
+        seed: of an update that is drawn
+
+    Attributes:
+        names: the parameters that the selection matched
+        chosen: those parameters, by name
+        masks: the part that trains of those that train in part, by name
+
+    Raises:
+        ValueError: for a selection that cannot be read or trains nothing
     """
 
     def __init__(

@@ -156,31 +156,34 @@ def checked(name, value):
 class FinetuneConfig:
     """How to train; a run depends on this, its task, model and components alone.
 
-    ValueError for a setting that is no possible value, with what is expected.
     Published values are those of Odonnat et al. 2026.
 
-    lr: learning rate at the end of the warm-up; published: 0.001 to 0.06.
-    steps: number of updates; published: 4,000 to 20,000.
-    batch_size: pictures of one update; published: 512.
-    optimizer: "sgd", as published, or "adamw", with 0.999 for its second beta.
-    momentum: of SGD, 0.9 as published; the first beta of AdamW.
-    weight_decay: of all that trains; 0 for none.
-    warmup: share of the steps in which the rate rises; published: 2,000 steps.
-    clip: largest gradient norm, 1.0 as published; None: no clipping.
-    eval_every: steps between two readings of validation; published: 200 to 500.
-    final_norm: True to train the norm after the last block too, as published.
-    seed: of the head, the order and all that is drawn; published: 0, 42, 3407.
-    accumulate: pieces that a batch is computed in; its update stays the same.
-    bf16: True to autocast forward passes to bfloat16; "auto": if that is faster.
-    log_every: steps that a row of the history averages over.
-    watch: kinds whose gradient norms are recorded even where they are frozen.
-    clip_head: "separate": the head has a norm of its own; published: "joint".
-    head_lr: lr of the head; None: as lr; 0: fitted on frozen features, and fixed.
-    patience: end after so many readings in a row that are no better; None: never.
-    class_weights: True: a picture of a rare class counts more, one on average.
-    update: what a selection trains through, as "lora:4"; None: all of it.
-    also: other tasks, by name, that the trained network is read on at the end.
-    shots: training pictures of each class, drawn from the seed; None: all.
+    Args:
+        lr: learning rate at the end of the warm-up; published: 0.001 to 0.06
+        steps: number of updates; published: 4,000 to 20,000
+        batch_size: pictures of one update; published: 512
+        optimizer: "sgd", as published, or "adamw", with 0.999 for its second beta
+        momentum: of SGD, 0.9 as published; the first beta of AdamW
+        weight_decay: of all that trains; 0 for none
+        warmup: share of the steps in which the rate rises; published: 2,000 steps
+        clip: largest gradient norm, 1.0 as published; None: no clipping
+        eval_every: steps between two readings of validation; published: 200 to 500
+        final_norm: True to train the norm after the last block too, as published
+        seed: of the head, the order and all that is drawn; published: 0, 42, 3407
+        accumulate: pieces that a batch is computed in; its update stays the same
+        bf16: True to autocast forward passes to bfloat16; "auto": if that is faster
+        log_every: steps that a row of the history averages over
+        watch: kinds whose gradient norms are recorded even where they are frozen
+        clip_head: "separate": the head has a norm of its own; published: "joint"
+        head_lr: lr of the head; None: as lr; 0: fitted on frozen features, fixed
+        patience: end after so many readings in a row that are no better; None: no
+        class_weights: True: a picture of a rare class counts more, one on average
+        update: what a selection trains through, as "lora:4"; None: all of it
+        also: other tasks, by name, that the trained network is read on at the end
+        shots: training pictures of each class, drawn from the seed; None: all
+
+    Raises:
+        ValueError: for a setting that is no possible value, with what is expected
     """
 
     lr: float = 0.01
