@@ -244,8 +244,9 @@ def extended_arms(grids, extend) -> dict:
 
 def other_versions(store) -> int:
     "How many runs a Store holds that another version of the training computed."
+    store.lines()  # names what is damaged in them, once
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is damaged is named where it is read
+        warnings.simplefilter("ignore")
         found = store.records().values()
     return sum(
         "history" in r and r.get("training") != TRAINING_VERSION for r in found
