@@ -22,8 +22,12 @@ def test_a_scale_keeps_what_a_page_names(preset):
     for old, small, large in zip(stored, smoke, longer, strict=True):
         assert (small.models, small.selections) == (old.models, old.selections)
         large_network = "focus" in old.models[0]
-        assert small.tasks == (old.tasks[:2] if large_network else old.tasks)
+        n = len(small.tasks)
+        assert small.tasks == old.tasks[:n] and (n == min(2, len(old.tasks)) if large_network else n >= min(2, len(old.tasks)))
         assert len(small.lrs) == 1 or not large_network
+        of_all = len(replace(small, tasks=old.tasks).runs())
+        assert n <= 2 or len(small.runs()) <= 160
+        assert large_network or n == len(old.tasks) or of_all > 160  # no task is dropped without need
         assert len(small.seeds) == 1 and len(small.lrs) <= 2 and {*small.lrs} <= {*old.lrs} and small.config.steps < 10 and not small.extend
         assert replace(small, config=old.config, tasks=old.tasks, seeds=old.seeds, lrs=old.lrs, extend=old.extend) == old
         assert replace(large, config=old.config) == old and large.config.steps == GPU.steps
