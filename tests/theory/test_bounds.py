@@ -237,5 +237,8 @@ def test_a_radius_smaller_than_the_tokens_is_refused(model):
     needed = vp.bounds(model, noise(2), kind="published").radius.max()
     with pytest.raises(ValueError, match=f"smaller than the tokens' own at MHA of block 0.*expected at least {needed:.6g}"):
         vp.bounds(model, noise(2), radius=0.9 * needed)
+    with pytest.raises(ValueError, match="smaller than the tokens' own"):
+        vp.bounds(model, noise(2), radius=0.9999 * needed)
+    vp.bounds(model, noise(2), radius=(1 - 1e-6) * needed)  # as another forward pass may round it
     larger = vp.bounds(model, noise(2), radius=2 * needed)
     assert (larger.radius.dropna() == 2 * needed).all()
