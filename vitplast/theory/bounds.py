@@ -212,7 +212,7 @@ def bound_row(component, domain, radius, sigma, n_tokens, kind) -> dict:
             )
         return row | norm_row(w, domain, sigma, kind)
     if domain is not None:
-        check_radius(component, radius, domain.radius.item())
+        radius = check_radius(component, radius, domain.radius.item())
     row |= attention_row(w, domain, radius, n_tokens, kind)
     return row | (
         {"reason": "too large for float64"} if row["bound"] == math.inf else {}
@@ -232,15 +232,19 @@ def check_tokens(component, tokens):
         raise ValueError(f"{component}: its tokens are NaN or infinite")
 
 
-def check_radius(component, radius, own):
-    """ValueError for a radius smaller than the tokens' own largest norm; another
-    forward pass may round one that was measured differently.
+def check_radius(component, radius, own) -> "float | None":
+    """A radius that was given, or the tokens' own where another forward pass has
+    rounded that; ValueError for one that is smaller.
     """
-    if radius is not None and radius < own * (1 - 1e-5):
+    if radius is None:
+        return None
+    if radius < own * (1 - 1e-5):
         raise ValueError(
             f"radius={radius}: smaller than the tokens' own at {component},"
             f" expected at least {own:.6g}"
         )
+    return max(radius, own)
+
 
 # %% ../../nbs/theory/bounds.ipynb #83b328bf
 def check_domain(x, radius, sigma, inputs, kinds):
