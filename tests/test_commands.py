@@ -205,6 +205,8 @@ def test_a_report_of_mistakes_as_pictures(saved, pictures, tmp_path):
     wrong = int((frame["label"] != frame["class"]).sum())
     assert f"{wrong} wrong." in text and text.count("<img") <= 24 and "data:image/png;base64," in text
     assert "exists; --overwrite replaces it" in invoke(*asked, page).output
+    assert "expected two files" in invoke(*asked, tmp_path / "b.html", "--out", tmp_path / "x/../b.html").output
+    assert not (tmp_path / "b.html").exists()
     assert "expected a name that ends in .html" in invoke(*asked, tmp_path / "a.csv").output
     alone = invoke("predict", saved[0], pictures / "red", "--device", "cpu", "--report", page, "--overwrite", "--json")
     assert len(json.loads(alone.stdout[: alone.stdout.rindex("]") + 1])) == 20 and "Least sure" in page.read_text()

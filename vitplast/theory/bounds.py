@@ -245,7 +245,6 @@ def check_radius(component, radius, own) -> "float | None":
         )
     return max(radius, own)
 
-
 # %% ../../nbs/theory/bounds.ipynb #83b328bf
 def check_domain(x, radius, sigma, inputs, kinds):
     "ValueError for arguments of `bounds` that name no domain."
