@@ -41,7 +41,8 @@ def execute(path, keep=True) -> float:
     "Run one notebook in its own folder, print its seconds, and write it back, or beside the book, with its outputs."
     started, notebook = time.monotonic(), nbformat.read(path, as_version=4)
     limit = None if keep else 1800  # a sweep at full scale is one cell, and takes hours
-    NotebookClient(notebook, timeout=limit, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    quiet = {"kernel_name": "python3", "extra_arguments": ["--log-level=40"]}
+    NotebookClient(notebook, timeout=limit, resources={"metadata": {"path": str(path.parent)}}, **quiet).execute()
     if keep:
         scale = os.environ.get(SETTING) or "stored"
         out = path if scale == "stored" else ROOT / "_build" / scale / path.parent.name / path.name
