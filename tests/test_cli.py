@@ -113,6 +113,8 @@ def test_branches_are_measured_as_in_python(tmp_path):
     for column in ("plasticity", "share", "cosine"):
         np.testing.assert_allclose(pd.read_csv(out)[column], expected[column], rtol=1e-4)
     assert "cosine" in out.with_suffix(".svg").read_text()
+    out.unlink()
+    assert f"--out {out.with_suffix('.svg')}: exists" in invoke("measure", "formula-vit-tiny", "--n", 8, "--out", out).output and not out.exists()
     for args, message in ((("--of", "branches"), "--of 'branches': expected component or branch"), (("--of", "branch", "--inputs", "both"), "expected one of ('native',) with --of branch")):
         result = invoke("measure", "formula-vit-tiny", *args, "--out", tmp_path / "other.csv")
         assert result.exit_code == 1 and message in result.output

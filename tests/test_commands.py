@@ -11,6 +11,7 @@ from PIL import Image
 from test_cli import COMMAND, invoke
 
 import vitplast as vp
+from vitplast.commands import recipe_of
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,10 @@ def test_advice_in_every_form_and_finetuning_by_it(pictures, tmp_path):
     for form in ("regex", "groups", "trainer", "axolotl"):
         assert invoke(*base, "--format", form).exit_code == 0
     assert invoke(*base, "--format", "yaml", "--out", tmp_path / "a.yaml").exit_code == 0
+    given = dict.fromkeys(("selection", "steps", "batch_size", "optimizer", "lr"))
+    assert recipe_of(tmp_path / "a.yaml", given)["lr"] > 0
+    for other in ({"optimizer": "adamw"}, {"selection": "LN2@0"}):
+        assert "lr" not in recipe_of(tmp_path / "a.yaml", given | other)  # it was for another one
     done = invoke("finetune", "formula-vit", pictures, "--advice", tmp_path / "a.yaml", "--device", "cpu", "--save", tmp_path / "run", "--json")
     assert done.exit_code == 0, done.output
     run = vp.load_run(tmp_path / "run")

@@ -196,8 +196,9 @@ def check_frame_file(out, overwrite):
         raise ValueError(f"--out {out}: expected a name that ends in .csv")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: expected an existing folder")
-    if out.exists() and not overwrite:
-        raise ValueError(f"--out {out}: exists; --overwrite replaces it")
+    for file in (out, out.with_suffix(".svg")):
+        if file.exists() and not overwrite:
+            raise ValueError(f"--out {file}: exists; --overwrite replaces it")
 
 
 def protocols_of(of, inputs) -> tuple:

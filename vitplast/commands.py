@@ -259,8 +259,9 @@ def recipe_of(advice, given) -> dict:
 
     asked = {"selection": "MHA", "steps": 240, "batch_size": 32}
     asked |= {"optimizer": "sgd"} | (read_advice(advice) if advice else {})
-    if given["selection"] not in (None, asked["selection"]):
-        asked.pop("lr", None)  # it was for another selection
+    for name in ("selection", "optimizer"):
+        if given[name] not in (None, asked[name]):
+            asked.pop("lr", None)  # it was for another one
     asked |= {k: v for k, v in given.items() if v is not None}
     every = max(1, asked["steps"] // 8)
     return asked | {"eval_every": every, "bf16": "auto", "log_every": 10}

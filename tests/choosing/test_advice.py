@@ -131,6 +131,9 @@ def test_its_forms_are_those_of_its_selection(advice, tmp_path):
     assert yaml.safe_load(advice.yaml())["task"] == "halves"
     text = str(advice)
     assert text.startswith(f"Train {advice.selection} at {advice.lr:.2g} (sgd).") and all(d in text for d in advice.doubts)
+    with pytest.raises(ValueError, match="optimizer='adamw': the rate .* was advised for sgd"):
+        advice.finetune(optimizer="adamw")
+    assert advice.finetune(optimizer="adamw", lr=0.001, steps=1, eval_every=1).config.lr == 0.001
     run = advice.finetune(steps=2, eval_every=2)
     assert run.components == advice.selection and run.config.lr == advice.lr and run.config.steps == 2
 

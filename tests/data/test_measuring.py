@@ -132,6 +132,9 @@ def test_folders_are_cropped_as_the_task_is(folder, monkeypatch):
         with pytest.warns(UserWarning):
             measure(model, folder, "digits", n=4, inputs="native")
         assert seen[-1] == expected
+    with pytest.warns(UserWarning):
+        measure(model, folder, "digits", n=4, inputs="native", crop=0.3)
+    assert seen[-1] == 0.3
 
 
 def test_command_writes_the_frame_and_the_figure(tmp_path, folder):

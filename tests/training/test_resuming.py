@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_vit
+from safetensors.torch import load_file
 
 import vitplast as vp
 from vitplast.data import RandomCrops, Split, Task
@@ -80,10 +81,19 @@ def test_the_state_of_another_training_is_refused(stripes, tmp_path):
     moved = copy.deepcopy(tiny_vit(num_classes=3))
     with torch.no_grad():
         moved.blocks[0].norm1.weight[0] += 1e-9
+    frozen = copy.deepcopy(tiny_vit(num_classes=3))
+    with torch.no_grad():
+        frozen.blocks[0].mlp.fc1.weight[0] *= 3
+    images, labels = stripes.train
+    turned = Split(255 - images, labels)
     others = [
         (tiny_vit(num_classes=3), stripes, "LN1", vp.FinetuneConfig(steps=8, eval_every=2, batch_size=8, lr=0.5)),
         (tiny_vit(num_classes=3), stripes, "LN2", config),
         (moved, stripes, "LN1", config),
+        (frozen, stripes, "LN1", config),
+        (tiny_vit(num_classes=3), replace(stripes, train=turned), "LN1", config),
+        (tiny_vit(num_classes=3), replace(stripes, validation=Split(255 - stripes.validation.images, stripes.validation.labels)), "LN1", config),
+        (tiny_vit(num_classes=3), replace(stripes, augment=lambda images, rows, g: images), "LN1", config),
     ]
     for other in others:
         with pytest.raises(ValueError, match="belongs to another training"):
@@ -129,6 +139,15 @@ def test_the_state_stays_where_the_caller_keeps_it_until_the_run_is_saved(stripe
     assert file.exists()
     again = vp.finetune(tiny_vit(num_classes=3), stopping(stripes, 0), "LN1", config, unfinished=file)
     assert again.history.equals(whole.history) and not file.exists()
+
+
+def test_weights_of_other_strides_are_written(tmp_path):
+    from vitplast.training.resuming import write_tensors
+
+    x = torch.arange(24.0).reshape(1, 2, 3, 4)
+    write_tensors(tmp_path / "state", {"last": x.to(memory_format=torch.channels_last), "turned": x.mT})
+    found = load_file(tmp_path / "state")
+    assert torch.equal(found["last"], x) and torch.equal(found["turned"], x.mT)
 
 
 def test_a_disk_without_room_is_an_oserror_and_what_was_there_stays(tmp_path):

@@ -199,6 +199,12 @@ class Advice:
 
     def finetune(self, progress=False, **changes):
         "Train it; changes: settings of the recipe, as steps=1000. Returns a Run."
+        advised = self.config.optimizer
+        if changes.get("optimizer", advised) != advised and "lr" not in changes:
+            raise ValueError(
+                f"optimizer={changes['optimizer']!r}: the rate {self.lr:.2g} was"
+                f" advised for {advised}, expected an lr, too"
+            )
         config = replace(self.config, **{"lr": self.lr} | changes)
         return finetune(self.model, self.task, self.selection, config, progress)
 

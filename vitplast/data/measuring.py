@@ -315,7 +315,7 @@ def measure(
     size = size_for(model, pairs, distribution)
     if distribution == "source-target":
         source = source_of(model, source, target, pairs)
-    how |= {"crop": crop_of(model)}
+    how = {"crop": crop_of(model)} | how
     asked = n, size, pairs, distribution, seed, how
     x, y = pictures_of_pairs(target, source, *asked)
     options = {"pairs": pairs, "device": device, "progress": progress, "of": of}

@@ -403,10 +403,13 @@ def trained(model, task, selection, config, shown, compiled, unfinished) -> Trai
     named = {"head": config.head_lr != 0, "final_norm": config.final_norm}
     places = chosen_places(chosen, model, **named)
     replaced = weight_digests(model, own_and_head(anatomy(model), places)[0])
+    kept = None
+    if unfinished:
+        body = [n for n in model.state_dict() if n not in anatomy(model).head()]
+        about = (config, selection.text, task, weight_digests(model, body))
+        kept = Unfinished(unfinished, what_it_is(*about))
     update = {"update": config.update, "seed": config.seed}
     training = trainable(model, chosen, **named, **update)
-    about = (config, selection.text, task.name, task.train.labels, replaced)
-    kept = unfinished and Unfinished(unfinished, what_it_is(*about))
     used = replace(used, bf16=kept.settled(used.bf16)) if kept else used
     history, best = train(model, task, training, used, shown, compiled, kept)
     for p in training.chosen.values():
