@@ -419,7 +419,7 @@ AS_JSON = typer.Option(False, "--json", help="Print JSON instead of the table.")
 
 # %% ../nbs/commands.ipynb #6f2e0592
 def check_files(out, report, overwrite):
-    "ValueError for files that exist, for one file twice, for a report that is no page."
+    "ValueError for a file that exists or is there twice, and for an odd report."
     for name, file in (("out", out), ("report", report)):
         if file and file.exists() and not overwrite:
             raise ValueError(f"--{name} {file}: exists; --overwrite replaces it")
