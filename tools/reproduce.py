@@ -80,10 +80,9 @@ def hide_pictures(folder):
 
 
 def forget_one(folder) -> dict:
-    "Take one record out of a compacted store, one of a CPU if it has one; returns it by its key."
+    "Take one record out of a compacted store; returns it by its key."
     records = Store(folder).records()
-    here = [(k, record) for k, record in records.items() if not is_elsewhere(record)]
-    gone, _ = min(here, key=lambda item: ("NVIDIA" in str(item[1].get("device")), item[0]))
+    gone = min(k for k, record in records.items() if not is_elsewhere(record))
     (folder / "runs.jsonl").write_text("".join(as_line(r, k) for k, r in records.items() if k != gone))
     return {gone: records[gone]}
 
