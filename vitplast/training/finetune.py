@@ -405,7 +405,8 @@ def trained(model, task, selection, config, shown, compiled, unfinished) -> Trai
     replaced = weight_digests(model, own_and_head(anatomy(model), places)[0])
     kept = None
     if unfinished:
-        body = [n for n in model.state_dict() if n not in anatomy(model).head()]
+        head = anatomy(model).head()
+        body = [n for n in model.state_dict() if n not in head]
         about = (config, selection.text, task, weight_digests(model, body))
         kept = Unfinished(unfinished, what_it_is(*about))
     update = {"update": config.update, "seed": config.seed}
